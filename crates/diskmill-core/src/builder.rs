@@ -1,0 +1,224 @@
+//! Filling a new image: encode in parallel, place in order, write in parallel.
+//!
+//! A new image is never written through [`LayerMut`](crate::LayerMut). Each unit is *encoded* (zero test, compression:
+//! pure CPU, any thread, any order), *placed* (given its host offset and entered into the tables: in memory, in rising
+//! guest order) and *written* (any thread, any order). Only placing needs order, so the bytes of the file do not
+//! depend on how many threads there are.
+
+use std::borrow::Cow;
+use std::io::IoSlice;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::{Error, ErrorKind, FileIndex, GuestOffset, HostOffset, HostSpan, Result, StorageMut, ZeroHow};
+
+/// What an [`Encoder`] made of a unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EncodedKind {
+    /// All zeros: nothing to store.
+    Zero,
+    /// To be stored as it is.
+    Plain,
+    /// To be stored as the first `len` bytes of the scratch buffer.
+    Packed {
+        /// Bytes of it.
+        len: usize,
+    },
+}
+
+/// Turns units into what is stored. Each worker has its own.
+pub trait Encoder: Send {
+    /// Encodes one unit, which is whole: the last of a disk is padded with zeros. A packed unit is left at the start
+    /// of `scratch`, which the encoder sizes as it needs.
+    fn encode(&mut self, unit: &[u8], scratch: &mut Vec<u8>) -> Result<EncodedKind>;
+}
+
+/// Bytes to store for guest data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored<'a> {
+    /// Guest bytes as they are: whole units, one or several; only the last of the disk may be cut short.
+    Plain(&'a [u8]),
+    /// One unit, compressed.
+    Packed(&'a [u8]),
+}
+
+/// A run of guest bytes that needs no stored data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Run {
+    /// Reads as zeros whatever is below.
+    Zero,
+    /// Left to the layer below.
+    Absent,
+}
+
+/// One change to a file, waiting to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum QueuedWrite<'a> {
+    /// Write bytes: borrowed guest data, or a table that is done.
+    Bytes {
+        /// In which file.
+        file: FileIndex,
+        /// Where.
+        at: HostOffset,
+        /// What.
+        bytes: Cow<'a, [u8]>,
+    },
+    /// Make a range read as zeros.
+    Zero {
+        /// In which file.
+        file: FileIndex,
+        /// Where.
+        range: Range<HostOffset>,
+        /// How.
+        how: ZeroHow,
+    },
+}
+
+/// Changes that [`Builder::place`] asked for. They touch disjoint bytes, so their order does not matter.
+#[derive(Debug, Default)]
+pub struct Writes<'a> {
+    queue: Vec<QueuedWrite<'a>>,
+}
+
+/// Slices the kernel takes in one vectored write.
+const VECTOR: usize = 1024;
+
+impl<'a> Writes<'a> {
+    /// An empty queue.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Queues a write.
+    pub fn push(&mut self, file: FileIndex, at: HostOffset, bytes: impl Into<Cow<'a, [u8]>>) {
+        self.queue.push(QueuedWrite::Bytes {
+            file,
+            at,
+            bytes: bytes.into(),
+        });
+    }
+
+    /// Queues zeros.
+    pub fn push_zero(&mut self, file: FileIndex, range: Range<HostOffset>, how: ZeroHow) {
+        self.queue.push(QueuedWrite::Zero { file, range, how });
+    }
+
+    /// Whether nothing is queued.
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// What is queued, in order.
+    pub fn queued(&self) -> &[QueuedWrite<'a>] {
+        &self.queue
+    }
+
+    /// Makes all changes, writes that follow one another joined, and empties the queue.
+    pub fn perform(&mut self, files: &[Arc<dyn StorageMut>]) -> Result<()> {
+        let queue = std::mem::take(&mut self.queue);
+        let mut start: Option<(FileIndex, HostOffset)> = None;
+        let mut end = HostOffset::ZERO;
+        let mut slices: Vec<IoSlice<'_>> = Vec::new();
+        for write in &queue {
+            match write {
+                QueuedWrite::Bytes { file, at, bytes } => {
+                    let joins = start.is_some_and(|(known, _)| known == *file && end == *at);
+                    if !joins || slices.len() >= VECTOR {
+                        flush_slices(files, start, &mut slices)?;
+                        start = Some((*file, *at));
+                    }
+                    slices.push(IoSlice::new(bytes));
+                    end = at.plus(bytes.len() as u64)?;
+                }
+                QueuedWrite::Zero { file, range, how } => {
+                    flush_slices(files, start.take(), &mut slices)?;
+                    find(files, *file)?.zero(range.clone(), *how)?;
+                }
+            }
+        }
+        flush_slices(files, start, &mut slices)
+    }
+}
+
+fn flush_slices(
+    files: &[Arc<dyn StorageMut>],
+    start: Option<(FileIndex, HostOffset)>,
+    slices: &mut Vec<IoSlice<'_>>,
+) -> Result<()> {
+    if let Some((file, at)) = start {
+        let storage = find(files, file)?;
+        match slices.as_slice() {
+            [] => {}
+            [one] => storage.write_at(at, one)?,
+            many => storage.write_vectored_at(at, many)?,
+        }
+    }
+    slices.clear();
+    Ok(())
+}
+
+fn find(files: &[Arc<dyn StorageMut>], index: FileIndex) -> Result<&Arc<dyn StorageMut>> {
+    files
+        .get(usize::from(index.0))
+        .ok_or_else(|| Error::new(ErrorKind::Usage, format!("there is no file number {}", index.0)))
+}
+
+/// What must hold when a new image is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// The host writes it back when it likes.
+    None,
+    /// It is on stable storage.
+    Synced,
+}
+
+/// How to finish a new image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Finish {
+    /// What must hold afterwards.
+    pub durability: Durability,
+    /// The size of the disk, where it was not known before (a stream).
+    pub final_size: Option<u64>,
+}
+
+impl Finish {
+    /// A finish with `durability` and the size that was planned.
+    pub fn new(durability: Durability) -> Self {
+        Self {
+            durability,
+            final_size: None,
+        }
+    }
+}
+
+/// A new image being filled.
+///
+/// Every guest byte is placed exactly once, in rising order, by [`place`](Self::place), [`place_run`](Self::place_run)
+/// or [`reserve`](Self::reserve). Nothing opens as an image before [`finish`](Self::finish): the header is last.
+pub trait Builder: Send {
+    /// The step in which it takes data, in bytes: a power of two, at least 512.
+    fn unit(&self) -> u64;
+
+    /// The files it writes, by [`FileIndex`].
+    fn files(&self) -> &[Arc<dyn StorageMut>];
+
+    /// An encoder for one worker.
+    fn encoder(&self) -> Result<Box<dyn Encoder>>;
+
+    /// Gives stored units their place. No I/O: what must be written is added to `writes`.
+    fn place<'b>(&mut self, at: GuestOffset, stored: Stored<'b>, writes: &mut Writes<'b>) -> Result<()>;
+
+    /// Places a run without data, whole units except at the end of the disk, in a time that depends on tables, not
+    /// on bytes.
+    fn place_run<'b>(&mut self, range: Range<GuestOffset>, what: Run, writes: &mut Writes<'b>) -> Result<()>;
+
+    /// Places plain units whose bytes the caller will put at the span itself (`copy_file_range`), or `None` if the
+    /// builder must see the bytes.
+    fn reserve<'b>(&mut self, range: Range<GuestOffset>, writes: &mut Writes<'b>)
+    -> Result<Option<HostSpan>>;
+
+    /// Writes the tables that remain, then the header, then makes it durable if asked.
+    fn finish(self: Box<Self>, end: Finish) -> Result<()>;
+}

@@ -1,0 +1,240 @@
+//! A disk image format, as a value.
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::{
+    BackingName, Builder, CheckReport, Facts, FileIndex, Format, GuestOffset, Job, Layer, LayerMut, Limits,
+    OptionSpec, Options, Repair, Result, Storage, StorageMut,
+};
+
+/// How sure a driver is that bytes are its format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Match {
+    /// They are not.
+    No,
+    /// They might be; nothing speaks against it (raw).
+    Possible,
+    /// The name says so and the bytes do not contradict.
+    ByName,
+    /// The magic number says so.
+    ByMagic,
+}
+
+/// The bytes a probe may look at.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample<'a> {
+    /// The first bytes: [`Sample::HEAD`] of them, fewer if the file is shorter.
+    pub head: &'a [u8],
+    /// The last bytes, for formats with a footer: [`Sample::TAIL`] of them, fewer if the file is shorter.
+    pub tail: &'a [u8],
+    /// The length of the file.
+    pub len: u64,
+    /// The file's name, if it has one.
+    pub name: Option<&'a str>,
+}
+
+impl Sample<'_> {
+    /// Bytes read from the start: enough for the descriptor of an ISO 9660 image.
+    pub const HEAD: usize = 64 << 10;
+    /// Bytes read from the end.
+    pub const TAIL: usize = 512;
+}
+
+/// What a file is to an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Role {
+    /// The file that was named.
+    Main,
+    /// Holds all data, apart from the tables.
+    Data,
+    /// Holds a part of the disk.
+    Extent(u16),
+    /// Holds the header, apart from the data.
+    Header,
+    /// The image below. It is opened into the chain, never handed to a format.
+    Backing,
+}
+
+/// Whether a file is read or also written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read only.
+    Read,
+    /// Read and written.
+    Write,
+}
+
+/// A file that an image names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reference {
+    /// What it is to the image.
+    pub role: Role,
+    /// Its name, as the image writes it: hostile text that only `open` interprets.
+    pub name: BackingName,
+}
+
+/// Open files of one image, for reading. The first is [`Role::Main`]; their order gives [`FileIndex`].
+pub type Files = Vec<(Role, Arc<dyn Storage>)>;
+
+/// Open files of one image, for writing. The first is [`Role::Main`]; their order gives [`FileIndex`].
+pub type FilesMut = Vec<(Role, Arc<dyn StorageMut>)>;
+
+/// How to open an image.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct OpenSpec {
+    /// Caps on what it may ask for.
+    pub limits: Limits,
+    /// Open this internal snapshot instead of the active state, by id or name.
+    pub snapshot: Option<String>,
+    /// Run-time options of the format (raw's `offset` and `size`), checked by the driver.
+    pub options: Options,
+    /// Pass discards on to the files.
+    pub unmap: bool,
+}
+
+/// How to compress.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Compression {
+    /// The codec's level, or `None` for the default.
+    pub level: Option<i32>,
+}
+
+/// A new image that is wanted.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct CreateSpec {
+    /// The size of the disk in bytes, already rounded up to a sector.
+    pub virtual_size: u64,
+    /// The format's options (`-o`), `size`, `backing_file` and `backing_fmt` taken out.
+    pub options: Options,
+    /// What it is to be backed by.
+    pub backing: Option<BackingName>,
+    /// Compress the data.
+    pub compression: Option<Compression>,
+}
+
+impl CreateSpec {
+    /// A plain image of `virtual_size` bytes.
+    pub fn new(virtual_size: u64) -> Self {
+        Self {
+            virtual_size,
+            ..Self::default()
+        }
+    }
+}
+
+/// The name of a file to create.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OutputName {
+    /// The name the user gave.
+    Main,
+    /// Another name, relative to the main file's directory.
+    Named(String),
+}
+
+/// A file to create for a new image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OutputSpec {
+    /// What it is to the image.
+    pub role: Role,
+    /// What it is called.
+    pub name: OutputName,
+    /// Ask the file system not to copy on write.
+    pub nocow: bool,
+    /// Ask the file system to allocate in steps of this.
+    pub extent_size_hint: Option<u64>,
+}
+
+impl OutputSpec {
+    /// The one file of an image that has only one.
+    pub fn main() -> Self {
+        Self {
+            role: Role::Main,
+            name: OutputName::Main,
+            nocow: false,
+            extent_size_hint: None,
+        }
+    }
+}
+
+/// The space an image would take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measure {
+    /// Bytes of the file for the data there is.
+    pub required: u64,
+    /// Bytes of the file once all of the disk is written.
+    pub fully_allocated: u64,
+    /// Bytes for dirty bitmaps that could be copied.
+    pub bitmaps: Option<u64>,
+}
+
+/// A disk image format.
+pub trait Driver: Sync + Debug {
+    /// Which one.
+    fn format(&self) -> Format;
+
+    /// Whether `sample` is of this format. Looks at nothing else.
+    fn probe(&self, sample: &Sample<'_>) -> Match;
+
+    /// Understands the header of `main` and says what else the image needs. Opens nothing.
+    ///
+    /// An error of kind [`NotThisFormat`](crate::ErrorKind::NotThisFormat) if the magic number is another's.
+    fn parse(&self, main: Arc<dyn Storage>, how: &OpenSpec) -> Result<Box<dyn Parsed>>;
+
+    /// The options [`build`](Self::build) knows, in the order `create` shows them. Empty: cannot be created.
+    fn options(&self) -> &'static [OptionSpec];
+
+    /// The files a new image consists of, [`Role::Main`] first. Checks all of `spec`.
+    fn outputs(&self, spec: &CreateSpec) -> Result<Vec<OutputSpec>>;
+
+    /// Starts a new image in `files`, which are those of [`outputs`](Self::outputs), empty, in that order.
+    fn build(&self, spec: &CreateSpec, files: FilesMut) -> Result<Box<dyn Builder>>;
+
+    /// The space a new image would take. `data` yields, in rising order, the runs of the source that hold data;
+    /// `None` means a disk of `spec`'s size with nothing in it.
+    fn measure(&self, spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Result<Measure>;
+}
+
+/// Runs of guest bytes that hold data, in rising order.
+pub trait DataRuns {
+    /// The next run, or `None` at the end.
+    fn next_run(&mut self) -> Result<Option<Range<GuestOffset>>>;
+}
+
+/// An image whose header has been understood. It says what it needs and has opened nothing.
+pub trait Parsed: Debug + Send {
+    /// What the image says of itself.
+    fn facts(&self) -> &Facts;
+
+    /// The files it names, in the order [`Files`] wants them behind the main one, and its backing image.
+    fn references(&self) -> &[Reference];
+
+    /// Opens it for reading.
+    fn attach(self: Box<Self>, files: Files, how: &OpenSpec) -> Result<Arc<dyn Layer>>;
+
+    /// Opens it for changing in place.
+    fn attach_mut(self: Box<Self>, files: FilesMut, how: &OpenSpec) -> Result<Arc<dyn LayerMut>>;
+
+    /// Looks for contradictions and leaks. An error of kind [`Unsupported`](crate::ErrorKind::Unsupported) if the
+    /// format has nothing to check.
+    fn check(self: Box<Self>, files: Files, how: &OpenSpec, job: Job<'_>) -> Result<CheckReport>;
+
+    /// Puts right what a check finds.
+    fn repair(
+        self: Box<Self>,
+        files: FilesMut,
+        how: &OpenSpec,
+        what: Repair,
+        job: Job<'_>,
+    ) -> Result<CheckReport>;
+
+    /// The file a reference belongs to, given its place among the references that are not the backing image.
+    fn file_index(&self, reference: usize) -> FileIndex {
+        FileIndex(u16::try_from(reference.saturating_add(1)).unwrap_or(u16::MAX))
+    }
+}

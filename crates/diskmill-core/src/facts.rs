@@ -1,0 +1,96 @@
+//! What an image says of itself.
+
+use crate::Format;
+
+/// A value of a format's own, in the order it is shown.
+///
+/// Front ends print a tree of these without knowing the format: `Map` keys are written as in JSON, with dashes, and
+/// read with spaces by people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Value {
+    /// Yes or no.
+    Bool(bool),
+    /// A number.
+    Int(u64),
+    /// Text.
+    Text(String),
+    /// Several values.
+    List(Vec<Value>),
+    /// Named values.
+    Map(Vec<(&'static str, Value)>),
+}
+
+/// The name of a backing image, as an image writes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingName {
+    /// The name, in the bytes of the file.
+    pub name: String,
+    /// The format it is said to have.
+    pub format: Option<String>,
+}
+
+/// What an image lists of an internal snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotFacts {
+    /// Its identifier, unique in the image.
+    pub id: String,
+    /// Its name, for people.
+    pub name: String,
+    /// Bytes of machine state kept with it.
+    pub vm_state_size: u64,
+    /// When it was made: seconds since 1970.
+    pub date_sec: u64,
+    /// And nanoseconds.
+    pub date_nsec: u32,
+    /// How long the machine had run, in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Instructions executed, where that was counted.
+    pub icount: Option<u64>,
+    /// The size of the disk when it was made, in bytes.
+    pub disk_size: u64,
+}
+
+/// What an image says of itself when it is opened. Nothing in it changes afterwards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Facts {
+    /// Its format.
+    pub format: Format,
+    /// The size of the virtual disk when it was opened, in bytes.
+    pub virtual_size: u64,
+    /// The step in which it allocates (cluster, grain, block), if it has one.
+    pub unit: Option<u64>,
+    /// Whether guest data is encrypted.
+    pub encrypted: bool,
+    /// Whether all data is stored compressed (`None`: not known without looking).
+    pub compressed: Option<bool>,
+    /// Whether it was not closed properly.
+    pub dirty: bool,
+    /// Whether it marks itself as corrupt: then it may be read but not written.
+    pub corrupt: bool,
+    /// What it is backed by.
+    pub backing: Option<BackingName>,
+    /// Its internal snapshots.
+    pub snapshots: Vec<SnapshotFacts>,
+    /// What only its format has: `format-specific` in the JSON of `info`.
+    pub specific: Option<Value>,
+}
+
+impl Facts {
+    /// Facts of an image with nothing special about it.
+    pub fn new(format: Format, virtual_size: u64) -> Self {
+        Self {
+            format,
+            virtual_size,
+            unit: None,
+            encrypted: false,
+            compressed: None,
+            dirty: false,
+            corrupt: false,
+            backing: None,
+            snapshots: Vec::new(),
+            specific: None,
+        }
+    }
+}

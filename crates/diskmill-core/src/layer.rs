@@ -1,0 +1,55 @@
+//! Guest bytes of one image.
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::{Chain, Extent, Facts, FileIndex, GuestOffset, Result, Storage, Stored, ZeroHow};
+
+/// One image, open for reading. It answers for itself alone: what is absent is for the [`Chain`] to ask below.
+pub trait Layer: Send + Sync + Debug {
+    /// What the image said of itself when it was opened.
+    fn facts(&self) -> &Facts;
+
+    /// The size of the virtual disk as it is now, in bytes.
+    fn virtual_size(&self) -> u64;
+
+    /// The state of the bytes from `at`: `0 < len <= max`. Reads metadata only and opens nothing.
+    ///
+    /// `at` must be below the virtual size and `max` above 0; a run ends at the virtual size at the latest.
+    fn map(&self, at: GuestOffset, max: u64) -> Result<Extent>;
+
+    /// Fills `buf` from `at`. All of it must lie within one extent that [`map`](Self::map) gave and that is not
+    /// absent.
+    fn read_at(&self, at: GuestOffset, buf: &mut [u8]) -> Result<()>;
+
+    /// The storage a [`HostSpan`](crate::HostSpan) of this layer speaks of.
+    fn file(&self, index: FileIndex) -> Option<&Arc<dyn Storage>>;
+}
+
+/// One image, open for changing in place.
+///
+/// Every method leaves an image that a power cut cannot corrupt: space may leak, data that was flushed is there.
+/// `below` is the chain under this layer; copy-on-write reads it.
+pub trait LayerMut: Layer {
+    /// Writes `buf` at `at`.
+    fn write_at(&self, at: GuestOffset, buf: &[u8], below: &Chain) -> Result<()>;
+
+    /// Stores whole units that are not allocated yet, as an [`Encoder`](crate::Encoder) made them.
+    fn write_encoded(&self, at: GuestOffset, unit: Stored<'_>, below: &Chain) -> Result<()>;
+
+    /// Makes `range` read as zeros.
+    fn zero(&self, range: Range<GuestOffset>, how: ZeroHow, below: &Chain) -> Result<()>;
+
+    /// Tells the image that the bytes of `range` are not needed. Only whole units are given back.
+    fn discard(&self, range: Range<GuestOffset>) -> Result<()>;
+
+    /// Gives all data back, so that the layer below shows through everywhere.
+    fn clear(&self) -> Result<()>;
+
+    /// Changes the virtual size. New bytes read as zeros.
+    fn resize(&self, size: u64, below: &Chain) -> Result<()>;
+
+    /// Returns when all that was written is durable and reachable.
+    fn flush(&self) -> Result<()>;
+}
