@@ -1,0 +1,8 @@
+//! What can be done with images. Each operation is one function over plain values.
+
+pub mod check;
+pub mod compare;
+pub mod info;
+pub mod map;
+pub mod measure;
+pub mod resize;
