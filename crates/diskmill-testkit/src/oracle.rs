@@ -1,0 +1,293 @@
+//! The real tools: what they say is right.
+//!
+//! Texts and JSON differ between versions of QEMU; tests are written against the version [`QEMU_VERSION`] names.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::process::{Run, memory};
+use crate::{Scratch, hash};
+
+/// The major version of QEMU whose behaviour the tests expect.
+pub const QEMU_VERSION: &str = "10.";
+
+/// `qemu-img`, ready for arguments.
+pub fn qemu_img() -> Run {
+    Run::new("qemu-img")
+}
+
+/// `qemu-io`, ready for arguments.
+pub fn qemu_io() -> Run {
+    Run::new("qemu-io")
+}
+
+/// Panics unless `qemu-img` is of the version the tests expect.
+pub fn demand_version() {
+    let done = qemu_img().arg("--version").ok();
+    let version = format!("qemu-img version {QEMU_VERSION}");
+    assert!(
+        done.out().starts_with(&version),
+        "the tests expect {version}x\n{done}"
+    );
+}
+
+/// `qemu-img create -f FORMAT -o OPTIONS PATH SIZE`.
+pub fn create(path: impl AsRef<Path>, format: &str, options: &str, size: &str) {
+    let mut run = qemu_img().args(["create", "-q", "-f", format]);
+    if !options.is_empty() {
+        run = run.args(["-o", options]);
+    }
+    run.arg(path.as_ref()).arg(size).ok();
+}
+
+/// `qemu-img create` of an overlay over `backing`; the size is inherited unless `size` is given.
+pub fn create_overlay(
+    path: impl AsRef<Path>,
+    options: &str,
+    backing: impl AsRef<OsStr>,
+    backing_format: &str,
+    size: Option<&str>,
+) {
+    let mut run = qemu_img()
+        .args(["create", "-q", "-f", "qcow2"])
+        .args([OsStr::new("-b"), backing.as_ref()])
+        .args(["-F", backing_format]);
+    if !options.is_empty() {
+        run = run.args(["-o", options]);
+    }
+    run.arg(path.as_ref()).args(size).ok();
+}
+
+/// `qemu-img convert`, `extra` before the names.
+pub fn convert<S: AsRef<OsStr>>(
+    extra: impl IntoIterator<Item = S>,
+    source: impl AsRef<Path>,
+    source_format: &str,
+    target: impl AsRef<Path>,
+    target_format: &str,
+) {
+    qemu_img()
+        .arg("convert")
+        .args(extra)
+        .args(["-f", source_format, "-O", target_format])
+        .arg(source.as_ref())
+        .arg(target.as_ref())
+        .ok();
+}
+
+/// What `qemu-img check --output=json` reports, and its exit code.
+pub fn check(path: impl AsRef<Path>, format: &str) -> (Value, i32) {
+    let done = qemu_img()
+        .args(["check", "--output=json", "-f", format])
+        .arg(path.as_ref())
+        .finish();
+    let code = done.code.unwrap_or_else(|| panic!("qemu-img check died\n{done}"));
+    (done.json(), code)
+}
+
+/// Demands that `qemu-img check` finds nothing at all.
+pub fn assert_clean(path: impl AsRef<Path>, format: &str) {
+    qemu_img().args(["check", "-f", format]).arg(path.as_ref()).ok();
+}
+
+/// Whether `qemu-img compare` calls two images identical. Panics if it cannot tell.
+pub fn identical(a: impl AsRef<Path>, a_format: &str, b: impl AsRef<Path>, b_format: &str) -> bool {
+    let done = qemu_img()
+        .args(["compare", "-f", a_format, "-F", b_format])
+        .arg(a.as_ref())
+        .arg(b.as_ref())
+        .finish();
+    match done.code {
+        Some(0) => true,
+        Some(1) => false,
+        _ => panic!("qemu-img compare cannot tell\n{done}"),
+    }
+}
+
+/// Demands that `qemu-img compare` calls two images identical.
+pub fn assert_identical(a: impl AsRef<Path>, a_format: &str, b: impl AsRef<Path>, b_format: &str) {
+    let (a, b) = (a.as_ref(), b.as_ref());
+    assert!(
+        identical(a, a_format, b, b_format),
+        "{} and {} differ",
+        a.display(),
+        b.display()
+    );
+}
+
+/// `qemu-img info --output=json`, with the backing chain if asked.
+pub fn info(path: impl AsRef<Path>, format: &str, chain: bool) -> Value {
+    let mut run = qemu_img().args(["info", "--output=json", "-f", format]);
+    if chain {
+        run = run.arg("--backing-chain");
+    }
+    run.arg(path.as_ref()).ok().json()
+}
+
+/// `qemu-img map --output=json`.
+pub fn map(path: impl AsRef<Path>, format: &str) -> Value {
+    qemu_img()
+        .args(["map", "--output=json", "-f", format])
+        .arg(path.as_ref())
+        .ok()
+        .json()
+}
+
+/// Runs `qemu-io` commands on an image, one after the other. Panics when one fails, also when a `read -P` differs.
+pub fn io<S: AsRef<str>>(path: impl AsRef<Path>, format: &str, commands: impl IntoIterator<Item = S>) {
+    let mut run = qemu_io().args(["-f", format]);
+    for command in commands {
+        run = run.args(["-c", command.as_ref()]);
+    }
+    let done = run.arg(path.as_ref()).ok();
+    for bad in ["Pattern verification failed", "failed:", "error"] {
+        assert!(!done.out().contains(bad) && !done.err().contains(bad), "{done}");
+    }
+}
+
+/// The digest of an image's guest bytes, as QEMU reads them.
+pub fn guest_sha256(path: impl AsRef<Path>, format: &str) -> String {
+    let scratch = Scratch::new();
+    let raw = scratch.join("guest.raw");
+    convert(["-S", "4k"], path, format, &raw, "raw");
+    hash::sha256_file(raw)
+}
+
+/// Demands that `e2fsck -fn` finds nothing in a raw ext4 image.
+pub fn assert_ext4_clean(path: impl AsRef<Path>) {
+    Run::new("e2fsck").arg("-fn").arg(path.as_ref()).ok();
+}
+
+/// A program that holds an image open until it is dropped.
+#[derive(Debug)]
+pub struct Holder {
+    child: Child,
+}
+
+impl Holder {
+    /// `qemu-io`, its commands read from a pipe that stays open: it holds the image as its flags say (`-r`, `-U`).
+    pub fn qemu_io(path: impl AsRef<Path>, format: &str, flags: &[&str]) -> Self {
+        let run = qemu_io().args(flags).args(["-f", format]).arg(path.as_ref());
+        let mut child = run.spawn();
+        use std::io::{BufRead, BufReader, Write};
+        // The answer to a first command shows that the image is open and locked.
+        let stdin = child.stdin.as_mut().expect("a pipe");
+        stdin
+            .write_all(b"length\n")
+            .and_then(|()| stdin.flush())
+            .expect("talk to qemu-io");
+        let stdout = child.stdout.as_mut().expect("a pipe");
+        let mut line = String::new();
+        BufReader::new(stdout)
+            .read_line(&mut line)
+            .expect("hear from qemu-io");
+        assert!(
+            !line.is_empty(),
+            "qemu-io could not open {}",
+            path.as_ref().display()
+        );
+        Self { child }
+    }
+
+    /// `qemu-nbd` serving the image on a socket beside it: read-write, or read-only with `-r` among `flags`.
+    pub fn qemu_nbd(path: impl AsRef<Path>, format: &str, flags: &[&str]) -> Self {
+        let path = path.as_ref();
+        let socket = path.with_extension("nbd-socket");
+        let child = Run::new("qemu-nbd")
+            .args(flags)
+            .args(["-f", format, "-t", "-k"])
+            .arg(&socket)
+            .arg(path)
+            .spawn();
+        let mut holder = Self { child };
+        let started = Instant::now();
+        while !socket.exists() {
+            if let Some(status) = holder.child.try_wait().expect("wait for qemu-nbd") {
+                panic!("qemu-nbd could not serve {}: {status}", path.display());
+            }
+            assert!(
+                started.elapsed() < Duration::from_secs(20),
+                "qemu-nbd does not start"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        holder
+    }
+
+    /// Its peak memory so far, in bytes.
+    pub fn memory(&self) -> Option<u64> {
+        memory(self.child.id())
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // It may have ended by itself; the test has seen what it wanted to see.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_expected_version_is_installed() {
+        demand_version();
+    }
+
+    #[test]
+    fn the_tools_agree_with_themselves() {
+        let scratch = Scratch::new();
+        let image = scratch.join("a.qcow2");
+        create(&image, "qcow2", "cluster_size=4k", "1M");
+        io(&image, "qcow2", ["write -P 7 64k 8k"]);
+        assert_clean(&image, "qcow2");
+        let raw = scratch.join("a.raw");
+        convert(["-S", "4k"], &image, "qcow2", &raw, "raw");
+        assert_identical(&image, "qcow2", &raw, "raw");
+        assert_eq!(guest_sha256(&image, "qcow2"), hash::sha256_file(&raw));
+        io(&raw, "raw", ["write -P 8 0 512"]);
+        assert!(!identical(&image, "qcow2", &raw, "raw"));
+        assert_eq!(info(&image, "qcow2", false)["virtual-size"], 1 << 20);
+        assert!(map(&image, "qcow2").as_array().is_some_and(|runs| runs.len() > 1));
+    }
+
+    #[test]
+    #[should_panic(expected = "Pattern verification failed")]
+    fn a_pattern_that_differs_is_a_failure() {
+        let scratch = Scratch::new();
+        let raw = scratch.file("a.raw", &[1; 512]);
+        io(&raw, "raw", ["read -P 2 0 512"]);
+    }
+
+    #[test]
+    fn a_holder_holds_until_it_is_dropped() {
+        let scratch = Scratch::new();
+        let image = scratch.join("a.qcow2");
+        create(&image, "qcow2", "", "1M");
+        for nbd in [false, true] {
+            let holder = if nbd {
+                Holder::qemu_nbd(&image, "qcow2", &[])
+            } else {
+                Holder::qemu_io(&image, "qcow2", &[])
+            };
+            let done = qemu_img()
+                .args(["info", "-f", "qcow2"])
+                .arg(&image)
+                .finish()
+                .expect(1);
+            assert!(
+                done.err().contains("Failed to get shared \"write\" lock"),
+                "{done}"
+            );
+            drop(holder);
+            qemu_img().args(["info", "-f", "qcow2"]).arg(&image).ok();
+        }
+    }
+}
