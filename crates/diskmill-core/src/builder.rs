@@ -75,6 +75,15 @@ pub enum QueuedWrite<'a> {
     },
 }
 
+impl QueuedWrite<'_> {
+    fn position(&self) -> (FileIndex, HostOffset) {
+        match self {
+            Self::Bytes { file, at, .. } => (*file, *at),
+            Self::Zero { file, range, .. } => (*file, range.start),
+        }
+    }
+}
+
 /// Changes that [`Builder::place`] asked for. They touch disjoint bytes, so their order does not matter.
 #[derive(Debug, Default)]
 pub struct Writes<'a> {
@@ -114,9 +123,10 @@ impl<'a> Writes<'a> {
         &self.queue
     }
 
-    /// Makes all changes, writes that follow one another joined, and empties the queue.
+    /// Makes all changes, in rising order and writes that follow one another joined, and empties the queue.
     pub fn perform(&mut self, files: &[Arc<dyn StorageMut>]) -> Result<()> {
-        let queue = std::mem::take(&mut self.queue);
+        let mut queue = std::mem::take(&mut self.queue);
+        queue.sort_by_key(QueuedWrite::position);
         let mut start: Option<(FileIndex, HostOffset)> = None;
         let mut end = HostOffset::ZERO;
         let mut slices: Vec<IoSlice<'_>> = Vec::new();
@@ -213,6 +223,23 @@ pub trait Builder: Send {
     /// Places a run without data, whole units except at the end of the disk, in a time that depends on tables, not
     /// on bytes.
     fn place_run<'b>(&mut self, range: Range<GuestOffset>, what: Run, writes: &mut Writes<'b>) -> Result<()>;
+
+    /// Places a run of any length and makes the changes it asks for, in steps that bound the memory their tables take.
+    fn fill(&mut self, range: Range<GuestOffset>, what: Run) -> Result<()> {
+        /// Units a step: a table of 8-byte entries for them is 1 MiB.
+        const STEP: u64 = 1 << 17;
+        let step = self.unit().saturating_mul(STEP);
+        let files = self.files().to_vec();
+        let mut at = range.start;
+        while at < range.end {
+            let end = at.align_down(step).saturating_add(step).min(range.end);
+            let mut writes = Writes::new();
+            self.place_run(at..end, what, &mut writes)?;
+            writes.perform(&files)?;
+            at = end;
+        }
+        Ok(())
+    }
 
     /// Places plain units whose bytes the caller will put at the span itself (`copy_file_range`), or `None` if the
     /// builder must see the bytes.
