@@ -1,0 +1,128 @@
+//! What is to be converted, into what, and how.
+
+use std::num::NonZeroUsize;
+
+use diskmill_core::{Compression, Durability, Options};
+
+use crate::open::OpenRequest;
+use crate::spec::ImageSpec;
+
+/// A conversion: some disks, one behind the other, become one image.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Plan {
+    /// What is read: at least one.
+    pub inputs: Vec<Input>,
+    /// What is written.
+    pub output: Output,
+    /// Compress the data (`-c`).
+    pub compress: Option<Compression>,
+    /// Runs of zeros at least this long are not stored, in bytes: a multiple of 512 (`-S`). 0 stores all of the disk,
+    /// zeros too.
+    pub sparse: u64,
+    /// Threads to use at most (`-m`); `None` means one for each core.
+    pub workers: Option<NonZeroUsize>,
+    /// Let the kernel copy data that need not be looked at (`-C`).
+    pub offload: bool,
+    /// Store zeros in place of what cannot be read, with a warning each (`--salvage`).
+    pub salvage: bool,
+    /// Bytes to write a second at most (`-r`).
+    pub rate: Option<u64>,
+    /// What must hold when it is done.
+    pub durability: Durability,
+    /// Copy dirty bitmaps too (`--bitmaps`).
+    pub bitmaps: bool,
+}
+
+impl Plan {
+    /// One image into another, with the defaults of `qemu-img convert`, but durable.
+    pub fn new(input: Input, output: Output) -> Self {
+        Self {
+            inputs: vec![input],
+            output,
+            compress: None,
+            sparse: 4096,
+            workers: None,
+            offload: false,
+            salvage: false,
+            rate: None,
+            durability: Durability::Synced,
+            bitmaps: false,
+        }
+    }
+}
+
+/// Where data comes from.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Input {
+    /// An image.
+    Image(Box<OpenRequest>),
+    /// A raw disk that comes through standard input. It must be the only input.
+    Stdin,
+}
+
+/// Where data goes.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Output {
+    /// A new image, in place of what is there. Block devices and pipes are written in place.
+    New(NewImage),
+    /// An image that exists and keeps its format and size (`-n`).
+    Existing(ExistingImage),
+    /// A raw disk through standard output.
+    Stdout,
+}
+
+/// An image to make.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct NewImage {
+    /// Where to put it.
+    pub target: ImageSpec,
+    /// Its format by name.
+    pub format: String,
+    /// The options of the format (`-o`).
+    pub options: Options,
+    /// The name of its backing image (`-B`). Only what the source's top layer holds is stored then; the rest is
+    /// taken to be in the backing image already.
+    pub backing: Option<String>,
+    /// The format of its backing image (`-F`).
+    pub backing_format: Option<String>,
+}
+
+impl NewImage {
+    /// A plain image of `format` at `target`.
+    pub fn new(target: ImageSpec, format: impl Into<String>) -> Self {
+        Self {
+            target,
+            format: format.into(),
+            options: Options::new(),
+            backing: None,
+            backing_format: None,
+        }
+    }
+}
+
+/// An image to overwrite.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ExistingImage {
+    /// Which one, and how to open it.
+    pub open: OpenRequest,
+    /// It is known to read as zeros (`--target-is-zero`): zeros need not be written.
+    pub is_zero: bool,
+    /// Its backing image holds what the source's top layer does not (`-B`).
+    pub backing: Option<String>,
+}
+
+impl ExistingImage {
+    /// The image `open` asks for, with unknown contents.
+    pub fn new(open: OpenRequest) -> Self {
+        Self {
+            open,
+            is_zero: false,
+            backing: None,
+        }
+    }
+}
