@@ -1,0 +1,1 @@
+//! Compressed units: deflate and Zstandard, as the formats use them.

@@ -1,0 +1,20 @@
+//! Every format this program can open, in one list.
+
+use diskmill_core::Driver;
+
+use crate::{qcow2, raw};
+
+static DRIVERS: [&dyn Driver; 2] = [&raw::DRIVER, &qcow2::DRIVER];
+
+/// The drivers of all formats.
+pub fn drivers() -> &'static [&'static dyn Driver] {
+    &DRIVERS
+}
+
+/// The driver of the format that `qemu-img` calls `name`.
+pub fn by_name(name: &str) -> Option<&'static dyn Driver> {
+    drivers()
+        .iter()
+        .find(|driver| driver.format().name() == name)
+        .copied()
+}
