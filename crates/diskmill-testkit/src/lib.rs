@@ -4,6 +4,7 @@
 //! is no proof. Panics are the way to fail: this crate is for tests only.
 #![forbid(unsafe_code)]
 
+pub mod ext4;
 pub mod hash;
 pub mod oracle;
 pub mod process;

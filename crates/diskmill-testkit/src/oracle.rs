@@ -157,11 +157,6 @@ pub fn guest_sha256(path: impl AsRef<Path>, format: &str) -> String {
     hash::sha256_file(raw)
 }
 
-/// Demands that `e2fsck -fn` finds nothing in a raw ext4 image.
-pub fn assert_ext4_clean(path: impl AsRef<Path>) {
-    Run::new("e2fsck").arg("-fn").arg(path.as_ref()).ok();
-}
-
 /// A program that holds an image open until it is dropped.
 #[derive(Debug)]
 pub struct Holder {

@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -173,12 +174,15 @@ impl Run {
         let mut stdin = child.stdin.take().expect("a pipe");
         let mut stdout = child.stdout.take().expect("a pipe");
         let mut stderr = child.stderr.take().expect("a pipe");
+        let (ended, ends) = mpsc::channel();
+        let also_ended = ended.clone();
         thread::scope(|scope| {
             // A program that does not read its input breaks the pipe, which is its right.
             scope.spawn(move || stdin.write_all(&self.input).ok());
-            let out = scope.spawn(move || drain(&mut stdout));
-            let err = scope.spawn(move || drain(&mut stderr));
-            let (status, timed_out, peak) = self.wait(&mut child, started);
+            let out = scope.spawn(move || drain(&mut stdout, &ended));
+            let err = scope.spawn(move || drain(&mut stderr, &also_ended));
+            let (status, timed_out, peak) = self.wait(&mut child, started, &ends);
+            let took = started.elapsed();
             Finished {
                 line: self.line(),
                 code: status.code(),
@@ -186,29 +190,46 @@ impl Run {
                 stdout: out.join().expect("the reader of standard output"),
                 stderr: err.join().expect("the reader of standard error"),
                 timed_out,
-                took: started.elapsed(),
+                took,
                 peak_memory: peak,
             }
         })
     }
 
-    fn wait(&self, child: &mut Child, started: Instant) -> (std::process::ExitStatus, bool, Option<u64>) {
+    /// Waits for both streams to end, which takes no polling and so costs a measured program nothing, then for the
+    /// program.
+    fn wait(
+        &self,
+        child: &mut Child,
+        started: Instant,
+        ends: &Receiver<()>,
+    ) -> (ExitStatus, bool, Option<u64>) {
         let mut peak = None;
-        let mut pause = Duration::from_micros(200);
+        let mut open = 2;
         loop {
             if self.watch_memory {
                 peak = peak.max(memory(child.id()));
             }
-            if let Some(status) = child.try_wait().expect("wait for a program") {
+            if open == 0
+                && let Some(status) = child.try_wait().expect("wait for a program")
+            {
                 return (status, false, peak);
             }
-            if started.elapsed() > self.patience {
+            let left = self.patience.saturating_sub(started.elapsed());
+            if left.is_zero() {
                 child.kill().expect("kill a program");
                 return (child.wait().expect("wait for a program"), true, peak);
             }
-            thread::sleep(pause);
-            let most = if self.watch_memory { 2 } else { 20 };
-            pause = (pause * 2).min(Duration::from_millis(most));
+            let step = match (open, self.watch_memory) {
+                (0, _) => Duration::from_micros(50),
+                (_, true) => Duration::from_millis(1),
+                (_, false) => left,
+            };
+            match ends.recv_timeout(step.min(left)) {
+                Ok(()) => open -= 1,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => thread::sleep(step.min(left)),
+            }
         }
     }
 
@@ -218,10 +239,12 @@ impl Run {
     }
 }
 
-fn drain(pipe: &mut impl Read) -> Vec<u8> {
+fn drain(pipe: &mut impl Read, ended: &Sender<()>) -> Vec<u8> {
     let mut bytes = Vec::new();
     // Killing the program ends the pipe early; what came until then is still worth showing.
     let _ = pipe.read_to_end(&mut bytes);
+    // Nobody listens once the patience is over.
+    let _ = ended.send(());
     bytes
 }
 

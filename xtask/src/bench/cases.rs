@@ -1,0 +1,168 @@
+//! What is measured.
+
+use std::path::{Path, PathBuf};
+
+use diskmill_testkit::scratch::{allocated, len};
+use diskmill_testkit::{Scratch, oracle};
+
+/// The files the cases work on.
+#[derive(Debug)]
+pub struct Files {
+    /// The disk, raw.
+    pub source: PathBuf,
+    /// The disk as qcow2, and compressed, all by `qemu-img`.
+    pub qcow2: PathBuf,
+    /// Compressed with zlib.
+    pub zlib: PathBuf,
+    /// Compressed with zstd.
+    pub zstd: PathBuf,
+    /// Where outputs go.
+    pub output: PathBuf,
+}
+
+impl Files {
+    /// Makes the inputs from `source`.
+    pub fn prepare(scratch: &Scratch, source: PathBuf) -> Self {
+        let files = Self {
+            source,
+            qcow2: scratch.join("source.qcow2"),
+            zlib: scratch.join("zlib.qcow2"),
+            zstd: scratch.join("zstd.qcow2"),
+            output: scratch.join("output"),
+        };
+        let best = ["-m", "16", "-W"];
+        oracle::convert(best, &files.source, "raw", &files.qcow2, "qcow2");
+        oracle::convert(
+            best.into_iter().chain(["-c"]),
+            &files.source,
+            "raw",
+            &files.zlib,
+            "qcow2",
+        );
+        let zstd = ["-c", "-o", "compression_type=zstd"];
+        oracle::convert(
+            best.into_iter().chain(zstd),
+            &files.source,
+            "raw",
+            &files.zstd,
+            "qcow2",
+        );
+        files
+    }
+
+    /// Removes the output.
+    pub fn clear_output(&self) {
+        if self.output.exists() {
+            std::fs::remove_file(&self.output).expect("remove the output");
+        }
+    }
+
+    /// What the output takes: its length, or for sparse files its blocks.
+    pub fn output_bytes(&self) -> u64 {
+        len(&self.output).min(allocated(&self.output))
+    }
+}
+
+/// A command both tools run.
+#[derive(Debug)]
+pub struct Case {
+    /// Its name.
+    pub name: &'static str,
+    /// The ratio to reach.
+    pub goal: f64,
+    /// Runs that make one sample: short commands need several.
+    pub repeat: u32,
+    /// Our arguments: what a user types, no more.
+    pub ours: Vec<String>,
+    /// `qemu-img`'s: its best flags.
+    pub theirs: Vec<String>,
+    /// The format of what is written, if something is.
+    pub output_format: Option<&'static str>,
+}
+
+/// All cases.
+pub fn all(files: &Files) -> Vec<Case> {
+    let output = &files.output;
+    let zstd = ["-c", "-o", "compression_type=zstd"];
+    vec![
+        convert("raw -> qcow2", 0.7, &[], &files.source, "raw", output, "qcow2"),
+        convert("qcow2 -> raw", 0.7, &[], &files.qcow2, "qcow2", output, "raw"),
+        convert(
+            "raw -> qcow2 -c zlib",
+            0.3,
+            &["-c"],
+            &files.source,
+            "raw",
+            output,
+            "qcow2",
+        ),
+        convert(
+            "raw -> qcow2 -c zstd",
+            0.7,
+            &zstd,
+            &files.source,
+            "raw",
+            output,
+            "qcow2",
+        ),
+        convert("zlib qcow2 -> raw", 0.6, &[], &files.zlib, "qcow2", output, "raw"),
+        convert("zstd qcow2 -> raw", 0.6, &[], &files.zstd, "qcow2", output, "raw"),
+        inspect(
+            "compare raw qcow2",
+            0.6,
+            1,
+            "compare -f raw -F qcow2",
+            &[&files.source, &files.qcow2],
+        ),
+        inspect(
+            "info qcow2",
+            0.5,
+            20,
+            "info --output=json -f qcow2",
+            &[&files.qcow2],
+        ),
+        inspect("map qcow2", 0.6, 5, "map --output=json -f qcow2", &[&files.qcow2]),
+    ]
+}
+
+fn convert(
+    name: &'static str,
+    goal: f64,
+    extra: &[&str],
+    source: &Path,
+    source_format: &str,
+    output: &Path,
+    output_format: &'static str,
+) -> Case {
+    let command = |flags: &[&str]| {
+        let mut args = vec!["convert".to_owned()];
+        args.extend(flags.iter().chain(extra).map(|arg| (*arg).to_owned()));
+        args.extend(["-f", source_format, "-O", output_format].map(str::to_owned));
+        args.extend([source, output].map(|path| path.display().to_string()));
+        args
+    };
+    Case {
+        name,
+        goal,
+        repeat: 1,
+        ours: command(&[]),
+        theirs: command(&["-m", "16", "-W"]),
+        output_format: Some(output_format),
+    }
+}
+
+fn inspect(name: &'static str, goal: f64, repeat: u32, command: &str, files: &[&Path]) -> Case {
+    let args: Vec<String> = command
+        .split(' ')
+        .map(str::to_owned)
+        .chain(files.iter().map(|path| path.display().to_string()))
+        .collect();
+    Case {
+        name,
+        goal,
+        repeat,
+        ours: args.clone(),
+        theirs: args,
+        output_format: None,
+    }
+}
