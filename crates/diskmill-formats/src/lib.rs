@@ -19,6 +19,7 @@
 )]
 
 pub mod codec;
+pub mod preallocation;
 pub mod probe;
 pub mod qcow2;
 pub mod raw;

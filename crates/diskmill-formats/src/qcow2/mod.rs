@@ -14,6 +14,8 @@ pub mod extension;
 pub mod header;
 pub mod layout;
 pub mod map;
+mod measure;
+pub mod options;
 
 use std::sync::Arc;
 
@@ -53,7 +55,7 @@ impl Driver for Qcow2 {
     }
 
     fn options(&self) -> &'static [OptionSpec] {
-        &[]
+        options::OPTIONS
     }
 
     fn outputs(&self, _spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
@@ -64,7 +66,7 @@ impl Driver for Qcow2 {
         Err(unsupported("creating"))
     }
 
-    fn measure(&self, _spec: &CreateSpec, _data: Option<&mut dyn DataRuns>) -> Result<Measure> {
-        Err(unsupported("measuring"))
+    fn measure(&self, spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Result<Measure> {
+        measure::measure(spec, data)
     }
 }

@@ -1,5 +1,7 @@
 //! raw: byte N of the disk is byte N of the file, or byte `offset` + N of it.
 
+mod create;
+
 use std::sync::Arc;
 
 use diskmill_core::{
@@ -33,18 +35,18 @@ impl Driver for Raw {
     }
 
     fn options(&self) -> &'static [OptionSpec] {
-        &[]
+        create::OPTIONS
     }
 
-    fn outputs(&self, _spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
-        Err(unsupported("creating"))
+    fn outputs(&self, spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
+        create::outputs(spec)
     }
 
-    fn build(&self, _spec: &CreateSpec, _files: FilesMut) -> Result<Box<dyn Builder>> {
-        Err(unsupported("creating"))
+    fn build(&self, spec: &CreateSpec, files: FilesMut) -> Result<Box<dyn Builder>> {
+        create::build(spec, files)
     }
 
-    fn measure(&self, _spec: &CreateSpec, _data: Option<&mut dyn DataRuns>) -> Result<Measure> {
-        Err(unsupported("measuring"))
+    fn measure(&self, spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Result<Measure> {
+        create::measure(spec, data)
     }
 }

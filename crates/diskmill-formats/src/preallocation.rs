@@ -1,0 +1,57 @@
+//! Space taken when an image is made, before there is data for it.
+
+use std::ops::Range;
+
+use diskmill_core::{FileIndex, HostOffset, OptionError, Options, Writes};
+
+/// The option of that name.
+pub const OPTION: &str = "preallocation";
+
+/// How much of a new image is allocated at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// The tables; data has its place but takes no space yet.
+    Metadata,
+    /// Tables, and space that the host reserves for data.
+    Falloc,
+    /// Tables, and zeros written in place of data.
+    Full,
+}
+
+impl Preallocation {
+    /// The `preallocation` option; off if it is not given. `metadata` says whether the format has such a mode.
+    pub fn from_options(options: &Options, metadata: bool) -> Result<Self, OptionError> {
+        match options.text(OPTION) {
+            None | Some("off") => Ok(Self::Off),
+            Some("metadata") if metadata => Ok(Self::Metadata),
+            Some("falloc") => Ok(Self::Falloc),
+            Some("full") => Ok(Self::Full),
+            Some(value) => Err(OptionError::Value {
+                name: OPTION.to_owned(),
+                value: value.to_owned(),
+                expected: if metadata {
+                    "off, metadata, falloc or full"
+                } else {
+                    "off, falloc or full"
+                },
+            }),
+        }
+    }
+}
+
+/// Zeros to write where a hole will not do.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Queues zeros that are written like data.
+pub(crate) fn write_zeros(file: FileIndex, range: Range<HostOffset>, writes: &mut Writes<'_>) {
+    let mut at = range.start;
+    while at < range.end {
+        let len = usize::try_from(range.end.since(at)).unwrap_or(usize::MAX);
+        let zeros = ZEROS.get(..len).unwrap_or(&ZEROS);
+        writes.push(file, at, zeros);
+        at = at.saturating_add(zeros.len() as u64);
+    }
+}
