@@ -94,6 +94,8 @@ pub struct OpenSpec {
     pub options: Options,
     /// Pass discards on to the files.
     pub unmap: bool,
+    /// Open it only to be checked: what a check reports must not keep it from being opened.
+    pub for_check: bool,
 }
 
 /// How to compress.

@@ -415,7 +415,7 @@ impl Subclusters {
     /// What subcluster `from` is, and how many from there on are the same: at least 1.
     pub const fn run(self, from: u32) -> (SubclusterKind, u32) {
         let from = from & 31;
-        let allocated = (self.0 as u32) >> from;
+        let allocated = ((self.0 & 0xffff_ffff) as u32) >> from;
         let zero = ((self.0 >> 32) as u32) >> from;
         let same = if allocated & 1 != 0 {
             allocated

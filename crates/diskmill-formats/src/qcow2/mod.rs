@@ -10,21 +10,32 @@
 //!
 //! All integers are big-endian, and all structures but compressed data start on a cluster.
 
+pub mod bitmap;
+mod cache;
 pub mod extension;
 pub mod header;
+mod layer;
 pub mod layout;
 pub mod map;
 mod measure;
 pub mod options;
+pub mod run;
+pub mod snapshot;
+
+pub use layer::{PlaceError, Qcow2Layer};
 
 use std::sync::Arc;
 
 use diskmill_core::{
-    Builder, CreateSpec, DataRuns, Driver, Error, ErrorKind, FilesMut, Format, Match, Measure, OpenSpec,
-    OptionSpec, OutputSpec, Parsed, Result, Sample, Storage,
+    BackingName, Builder, CheckReport, CreateSpec, DataRuns, Driver, Error, ErrorKind, Facts, Files,
+    FilesMut, Format, HostOffset, Job, Layer, LayerMut, Match, Measure, OpenSpec, OptionError, OptionSpec,
+    OutputSpec, Parsed, Reference, Repair, Result, Role, Sample, Storage, Value,
 };
 use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
+
+use header::{Autoclear, Compatible, CryptMethod, Header, HeaderError, Incompatible, Version};
+use layout::V2_HEADER_LEN;
 
 /// The driver of qcow2.
 pub static DRIVER: Qcow2 = Qcow2;
@@ -50,8 +61,8 @@ impl Driver for Qcow2 {
         }
     }
 
-    fn parse(&self, _main: Arc<dyn Storage>, _how: &OpenSpec) -> Result<Box<dyn Parsed>> {
-        Err(unsupported("opening"))
+    fn parse(&self, main: Arc<dyn Storage>, how: &OpenSpec) -> Result<Box<dyn Parsed>> {
+        Ok(Box::new(Qcow2Image::parse(main.as_ref(), how)?))
     }
 
     fn options(&self) -> &'static [OptionSpec] {
@@ -69,4 +80,199 @@ impl Driver for Qcow2 {
     fn measure(&self, spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Result<Measure> {
         measure::measure(spec, data)
     }
+}
+
+/// An image whose header, snapshot table and bitmap directory have been understood.
+#[derive(Debug)]
+pub struct Qcow2Image {
+    header: Header,
+    facts: Facts,
+    references: Vec<Reference>,
+}
+
+impl Qcow2Image {
+    /// Understands the image in `main`.
+    pub fn parse(main: &dyn Storage, how: &OpenSpec) -> Result<Self> {
+        let header = read_header(main)?;
+        if header.refcount_table_clusters == 0 && !how.for_check {
+            return Err(HeaderError::Range {
+                field: "refcount_table_clusters",
+                value: 0,
+                allowed: "at least 1",
+            }
+            .into());
+        }
+        let snapshots = match snapshot::read_table(main, &header, &how.limits) {
+            Ok((snapshots, _)) => snapshots,
+            Err(_) if how.for_check => Vec::new(),
+            Err(error) => return Err(error.op("read the snapshot table")),
+        };
+        let bitmaps = match bitmap::read_directory(main, &header, &how.limits) {
+            Ok(bitmaps) => bitmaps,
+            Err(_) if how.for_check => Vec::new(),
+            Err(error) => return Err(error.op("read the bitmap directory")),
+        };
+        let mut facts = Facts::new(Format::Qcow2, header.virtual_size());
+        facts.unit = Some(header.cluster_bits.cluster_size());
+        facts.encrypted = header.crypt_method != CryptMethod::None;
+        facts.dirty = header.incompatible.has(Incompatible::DIRTY);
+        facts.corrupt = header.incompatible.has(Incompatible::CORRUPT);
+        facts.backing = header.backing();
+        facts.snapshots = snapshots.into_iter().map(|snapshot| snapshot.facts).collect();
+        facts.specific = Some(describe(&header, &bitmaps));
+        let mut references = Vec::new();
+        if header.has_data_file() {
+            let name = header.data_file_name().ok_or_else(|| {
+                Error::new(ErrorKind::Malformed, "'data-file' is required for this image")
+                    .format(Format::Qcow2)
+            })?;
+            references.push(Reference {
+                role: Role::Data,
+                name: BackingName {
+                    name,
+                    format: Some(Format::Raw.name().to_owned()),
+                },
+            });
+        }
+        if let Some(name) = facts.backing.clone() {
+            references.push(Reference {
+                role: Role::Backing,
+                name,
+            });
+        }
+        Ok(Self {
+            header,
+            facts,
+            references,
+        })
+    }
+
+    /// The header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+}
+
+impl Parsed for Qcow2Image {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn references(&self) -> &[Reference] {
+        &self.references
+    }
+
+    fn attach(self: Box<Self>, files: Files, how: &OpenSpec) -> Result<Arc<dyn Layer>> {
+        Ok(Arc::new(layer::attach(&self.header, self.facts, files, how)?))
+    }
+
+    fn attach_mut(self: Box<Self>, _files: FilesMut, _how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
+        Err(unsupported("writing in place"))
+    }
+
+    fn check(self: Box<Self>, _files: Files, _how: &OpenSpec, _job: Job<'_>) -> Result<CheckReport> {
+        Err(unsupported("checking"))
+    }
+
+    fn repair(
+        self: Box<Self>,
+        _files: FilesMut,
+        _how: &OpenSpec,
+        _what: Repair,
+        _job: Job<'_>,
+    ) -> Result<CheckReport> {
+        Err(unsupported("repairing qcow2 images"))
+    }
+}
+
+/// Reads and understands the header.
+pub fn read_header(main: &dyn Storage) -> Result<Header> {
+    let len = main.len()?;
+    let mut bytes = Vec::new();
+    read_start(main, len, V2_HEADER_LEN as usize, &mut bytes)?;
+    let area = Header::area_len(&bytes)?;
+    read_start(main, len, area, &mut bytes)?;
+    Ok(Header::parse(&bytes)?)
+}
+
+/// Reads `wanted` bytes, fewer if the file is shorter.
+fn read_start(main: &dyn Storage, file_len: u64, wanted: usize, bytes: &mut Vec<u8>) -> Result<()> {
+    let have = usize::try_from(file_len).unwrap_or(usize::MAX).min(wanted);
+    bytes.resize(have, 0);
+    main.read_at(HostOffset::ZERO, bytes)
+}
+
+/// Fails on what an image or a caller asks for and is not there yet.
+fn refuse_unsupported(header: &Header, how: &OpenSpec) -> Result<()> {
+    match header.crypt_method {
+        CryptMethod::None => {}
+        CryptMethod::Aes => return Err(unsupported("encryption (AES) of qcow2 images")),
+        CryptMethod::Luks => return Err(unsupported("encryption (LUKS) of qcow2 images")),
+    }
+    if how.snapshot.is_some() {
+        return Err(unsupported("reading an internal snapshot of qcow2 images"));
+    }
+    match how.options.iter().find(|(name, _)| !TUNING.contains(name)) {
+        Some((name, _)) => Err(OptionError::Unknown(name.to_owned()).into()),
+        None => Ok(()),
+    }
+}
+
+/// Run-time options that tune QEMU's driver and change no byte of what is read: taken, without effect.
+static TUNING: [&str; 13] = [
+    "cache-clean-interval",
+    "cache-size",
+    "discard-no-unref",
+    "l2-cache-entry-size",
+    "l2-cache-size",
+    "lazy-refcounts",
+    "overlap-check",
+    "overlap-check.template",
+    "pass-discard-other",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "refcount-cache-size",
+    "detect-zeroes",
+];
+
+/// What `info` shows of a qcow2 image alone.
+fn describe(header: &Header, bitmaps: &[bitmap::Bitmap]) -> Value {
+    let mut map = vec![
+        ("compat", Value::Text(header.version.compat().to_owned())),
+        (
+            "compression-type",
+            Value::Text(header.compression_type.name().to_owned()),
+        ),
+    ];
+    let is_v3 = header.version == Version::V3;
+    if is_v3 {
+        let lazy = header.compatible.has(Compatible::LAZY_REFCOUNTS);
+        map.push(("lazy-refcounts", Value::Bool(lazy)));
+    }
+    if !bitmaps.is_empty() {
+        let bitmaps = bitmaps.iter().map(bitmap::describe).collect();
+        map.push(("bitmaps", Value::List(bitmaps)));
+    }
+    map.push(("refcount-bits", Value::Int(header.refcount_order.bits().into())));
+    if let Some(name) = header.data_file_name() {
+        let raw = header.autoclear.has(Autoclear::RAW_DATA_FILE);
+        map.push(("data-file", Value::Text(name)));
+        map.push(("data-file-raw", Value::Bool(raw)));
+    }
+    match header.crypt_method {
+        CryptMethod::None => {}
+        CryptMethod::Aes => map.push(("encrypt", Value::Map(vec![("format", Value::Text("aes".into()))]))),
+        CryptMethod::Luks => map.push((
+            "encrypt",
+            Value::Map(vec![("format", Value::Text("luks".into()))]),
+        )),
+    }
+    if is_v3 {
+        map.push((
+            "corrupt",
+            Value::Bool(header.incompatible.has(Incompatible::CORRUPT)),
+        ));
+        map.push(("extended-l2", Value::Bool(header.extended_l2())));
+    }
+    Value::Map(map)
 }

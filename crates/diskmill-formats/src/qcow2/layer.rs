@@ -1,0 +1,550 @@
+//! Reading an image.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use diskmill_core::{
+    Error, ErrorKind, Extent, Facts, FileIndex, Files, Format, GuestOffset, HostOffset, HostSpan, Layer,
+    OpenSpec, Result, Role, State, Storage,
+};
+
+use super::cache::{SLICE_BYTES, SliceCache};
+use super::header::{CompressionType, Header};
+use super::map::{CompressedSpan, Geometry, L1Entry, L2Entry};
+use super::run::{RunKind, Scan, split_entry};
+use crate::codec::Decoder;
+
+/// L2 slices that one call of [`Layer::map`] may read.
+const SLICES_PER_MAP: u32 = 16;
+/// L1 entries without a table that one call of [`Layer::map`] may step over.
+const L1_PER_MAP: u32 = 64 << 10;
+/// Compressed bytes that are read at once.
+const BATCH_BYTES: u64 = 1 << 20;
+/// Bytes between two compressed clusters that are rather read than skipped.
+const BATCH_GAP: u64 = 64 << 10;
+
+/// What is wrong with a place an entry or a header points to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlaceError {
+    /// A structure that does not lie in the file.
+    #[error("{what} at {at:#x} with {len} bytes runs past the end of the file at {file_len:#x}")]
+    PastEnd {
+        /// What it is.
+        what: &'static str,
+        /// Where it starts.
+        at: u64,
+        /// Its length.
+        len: u64,
+        /// The length of the file.
+        file_len: u64,
+    },
+}
+
+/// An image, open for reading.
+#[derive(Debug)]
+pub struct Qcow2Layer {
+    facts: Facts,
+    geometry: Geometry,
+    files: Vec<Arc<dyn Storage>>,
+    /// The file that holds the clusters.
+    data: FileIndex,
+    main_len: u64,
+    data_len: u64,
+    l1: Box<[L1Entry]>,
+    cache: SliceCache,
+    decoders: Decoders,
+}
+
+/// Opens an image for reading.
+pub(super) fn attach(header: &Header, facts: Facts, files: Files, how: &OpenSpec) -> Result<Qcow2Layer> {
+    super::refuse_unsupported(header, how)?;
+    let data = data_index(header, files.iter().map(|(role, _)| *role))?;
+    let files: Vec<_> = files.into_iter().map(|(_, file)| file).collect();
+    let main = files
+        .first()
+        .ok_or_else(|| Error::new(ErrorKind::Usage, "an image needs a file"))?;
+    let main_len = main.len()?;
+    let data_len = match files.get(usize::from(data.0)) {
+        Some(file) => file.len()?,
+        None => main_len,
+    };
+    let geometry = header.geometry();
+    check_tables(header, main_len)?;
+    let l1 = read_l1(main.as_ref(), header)?;
+    Ok(Qcow2Layer {
+        facts,
+        geometry,
+        data,
+        main_len,
+        data_len,
+        l1,
+        cache: SliceCache::new(slice_len(geometry)),
+        decoders: Decoders::new(header.compression_type, geometry),
+        files,
+    })
+}
+
+/// Which of the files holds the clusters.
+pub(super) fn data_index(header: &Header, roles: impl Iterator<Item = Role>) -> Result<FileIndex> {
+    if !header.has_data_file() {
+        return Ok(FileIndex::MAIN);
+    }
+    for (index, role) in roles.enumerate() {
+        if role == Role::Data {
+            return Ok(FileIndex(u16::try_from(index).unwrap_or(u16::MAX)));
+        }
+    }
+    Err(Error::new(ErrorKind::Usage, "'data-file' is required for this image").format(Format::Qcow2))
+}
+
+/// Fails if a table the header names does not lie in the file, which ends at `file_len`.
+pub(super) fn check_tables(header: &Header, file_len: u64) -> Result<()> {
+    let l1_len = u64::from(header.l1_size).saturating_mul(8);
+    within("active l1 table", header.l1_table_offset, l1_len, file_len)?;
+    if header.refcount_table_clusters == 0 {
+        return Err(Error::new(
+            ErrorKind::Malformed,
+            "refcount_table_clusters is 0, must be at least 1",
+        )
+        .format(Format::Qcow2));
+    }
+    let clusters = u64::from(header.refcount_table_clusters);
+    let len = clusters.saturating_mul(header.cluster_bits.cluster_size());
+    // A table at the very end may have been cut behind its last used entry.
+    let slack = header.cluster_bits.cluster_size();
+    within(
+        "refcount table",
+        header.refcount_table_offset,
+        len,
+        file_len.saturating_add(slack).saturating_sub(1),
+    )
+}
+
+fn within(what: &'static str, at: HostOffset, len: u64, file_len: u64) -> Result<()> {
+    match at.checked_add(len) {
+        Some(end) if end.get() <= file_len => Ok(()),
+        _ => Err(past_end(what, at, len, file_len)),
+    }
+}
+
+fn past_end(what: &'static str, at: HostOffset, len: u64, file_len: u64) -> Error {
+    let error = PlaceError::PastEnd {
+        what,
+        at: at.get(),
+        len,
+        file_len,
+    };
+    Error::new(ErrorKind::Corrupt, error)
+        .format(Format::Qcow2)
+        .host(at)
+}
+
+/// Reads the entries of the active L1 table that the disk needs.
+pub(super) fn read_l1(main: &dyn Storage, header: &Header) -> Result<Box<[L1Entry]>> {
+    // At most 4 Mi entries: the header has been checked.
+    let needed = header.geometry().l1_entries(header.virtual_size());
+    let needed = usize::try_from(needed).map_err(|_| Error::bare(ErrorKind::Unsupported))?;
+    let mut bytes = vec![0; needed.saturating_mul(8)];
+    main.read_at(header.l1_table_offset, &mut bytes)
+        .map_err(|error| error.op("read the l1 table"))?;
+    let entries = bytes.as_chunks::<8>().0;
+    Ok(entries
+        .iter()
+        .map(|entry| L1Entry(u64::from_be_bytes(*entry)))
+        .collect())
+}
+
+/// Bytes of the part of an L2 table that is read at once.
+fn slice_len(geometry: Geometry) -> usize {
+    geometry.cluster_bits().cluster_len().min(SLICE_BYTES)
+}
+
+/// What the L1 table says of a guest byte.
+enum Table {
+    /// There is no L2 table.
+    None,
+    /// The entries from the byte's on, as far as they were read: at least one.
+    Entries(Arc<[u8]>, usize),
+}
+
+impl Qcow2Layer {
+    fn main(&self) -> Result<&Arc<dyn Storage>> {
+        self.files.first().ok_or_else(|| Error::bare(ErrorKind::Usage))
+    }
+
+    fn data(&self) -> Result<&Arc<dyn Storage>> {
+        self.files
+            .get(usize::from(self.data.0))
+            .ok_or_else(|| Error::bare(ErrorKind::Usage))
+    }
+
+    fn table(&self, at: GuestOffset) -> Result<Table> {
+        let index = usize::try_from(self.geometry.l1_index(at)).unwrap_or(usize::MAX);
+        let entry = self.l1.get(index).copied().unwrap_or_default();
+        let Some(table) = entry.table(self.geometry)? else {
+            return Ok(Table::None);
+        };
+        let slice_len = slice_len(self.geometry);
+        let into = self.geometry.l2_index(at) << self.geometry.entry_bits();
+        let slice_at = table.plus(into)?.align_down(slice_len as u64);
+        let slice = self.cache.get(slice_at, || {
+            if slice_at.saturating_add(slice_len as u64).get() > self.main_len {
+                return Err(past_end(
+                    "l2 table",
+                    table,
+                    self.geometry.cluster_size(),
+                    self.main_len,
+                ));
+            }
+            let mut bytes = vec![0; slice_len];
+            self.main()?.read_at(slice_at, &mut bytes)?;
+            Ok(Arc::from(bytes))
+        })?;
+        let from = usize::try_from(into % slice_len as u64).unwrap_or(0);
+        Ok(Table::Entries(slice, from))
+    }
+
+    /// The run of one kind that starts at `at`.
+    fn run(&self, at: GuestOffset, max: u64) -> Result<(RunKind, u64)> {
+        let size = self.facts.virtual_size;
+        if at.get() >= size || max == 0 {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("{max} bytes at {at} are not within the disk of {size} bytes"),
+            ));
+        }
+        let mut scan = Scan::new(self.geometry, at, max.min(size.saturating_sub(at.get())));
+        let (mut slices, mut skipped) = (0, 0);
+        while !scan.is_done() && slices < SLICES_PER_MAP && skipped < L1_PER_MAP {
+            let before = scan.cursor();
+            match self.table(before) {
+                Ok(Table::None) => {
+                    skipped = skipped.saturating_add(1);
+                    scan.feed_no_table();
+                }
+                Ok(Table::Entries(slice, from)) => {
+                    slices = slices.saturating_add(1);
+                    scan.feed(slice.get(from..).unwrap_or_default())?;
+                }
+                // What comes before an unreadable table can be told all the same.
+                Err(_) if before > at => break,
+                Err(error) => return Err(error.guest(at)),
+            }
+            if scan.cursor() == before {
+                break;
+            }
+        }
+        scan.finish()
+            .ok_or_else(|| Error::bare(ErrorKind::Corrupt).guest(at))
+    }
+
+    /// Cuts a run of data where the file ends. Where it starts past the end, the data is lost.
+    fn clip(&self, host: HostOffset, len: u64) -> Result<u64> {
+        // A cluster may be cut short by the end of the file; the rest of it reads as zeros.
+        let have = self.data_len.saturating_sub(host.get());
+        let cluster_size = self.geometry.cluster_size();
+        let into = host.within(cluster_size);
+        let whole = have
+            .saturating_add(into)
+            .next_multiple_of(cluster_size)
+            .saturating_sub(into);
+        if host.get().saturating_sub(into) >= self.data_len {
+            return Err(past_end("data cluster", host, cluster_size, self.data_len));
+        }
+        Ok(len.min(whole))
+    }
+
+    /// Reads clusters that are all compressed.
+    fn read_compressed(&self, at: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        let mut scratch = self.decoders.take()?;
+        let read = self.read_compressed_with(&mut scratch, at, buf);
+        self.decoders.put(scratch);
+        read
+    }
+
+    fn read_compressed_with(&self, scratch: &mut Scratch, at: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        let cluster_size = self.geometry.cluster_size();
+        let end = at.plus(buf.len() as u64)?;
+        let mut next = at.align_down(cluster_size);
+        scratch.spans.clear();
+        while next < end {
+            let Table::Entries(slice, from) = self.table(next)? else {
+                return Err(Error::bare(ErrorKind::Corrupt).guest(next));
+            };
+            let entries = slice.get(from..).unwrap_or_default();
+            for entry in entries.chunks_exact(self.geometry.entry_len()) {
+                if next >= end {
+                    break;
+                }
+                let entry = first_word(entry);
+                if !entry.is_compressed() {
+                    return Err(Error::bare(ErrorKind::Corrupt).guest(next));
+                }
+                scratch.spans.push(entry.span(self.geometry));
+                next = next.plus(cluster_size)?;
+            }
+        }
+        let storage = self.main()?;
+        let spans = std::mem::take(&mut scratch.spans);
+        let done = self.decode_spans(storage.as_ref(), scratch, &spans, at, buf);
+        scratch.spans = spans;
+        done
+    }
+
+    fn decode_spans(
+        &self,
+        storage: &dyn Storage,
+        scratch: &mut Scratch,
+        spans: &[CompressedSpan],
+        at: GuestOffset,
+        buf: &mut [u8],
+    ) -> Result<()> {
+        let mut at = at;
+        let mut rest_buf = buf;
+        let mut rest = spans;
+        while let Some((low, len, count)) = batch(rest) {
+            let (now, later) = rest.split_at_checked(count).unwrap_or((rest, &[]));
+            if low.get() >= self.main_len {
+                return Err(past_end("compressed cluster", low, len, self.main_len).guest(at));
+            }
+            let mut input = std::mem::take(&mut scratch.input);
+            let decoded = read_span(storage, self.main_len, low, len, &mut input).and_then(|()| {
+                for span in now {
+                    let from = usize::try_from(span.at.since(low)).unwrap_or(usize::MAX);
+                    let stream = input.get(from..).unwrap_or_default();
+                    let stream_len = usize::try_from(span.len).unwrap_or(usize::MAX).min(stream.len());
+                    let stream = stream.get(..stream_len).unwrap_or_default();
+                    let into = at.within(self.geometry.cluster_size());
+                    let room = self.geometry.cluster_size().saturating_sub(into);
+                    let take = usize::try_from(room).unwrap_or(usize::MAX).min(rest_buf.len());
+                    let (piece, after) = std::mem::take(&mut rest_buf).split_at_mut(take);
+                    scratch
+                        .decode(self.geometry, stream, into, piece)
+                        .map_err(|error| error.guest(at).host(span.at))?;
+                    rest_buf = after;
+                    at = at.plus(take as u64)?;
+                }
+                Ok(())
+            });
+            scratch.input = input;
+            decoded?;
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+impl Layer for Qcow2Layer {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.facts.virtual_size
+    }
+
+    fn map(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        let (kind, len) = self.run(at, max)?;
+        let state = match kind {
+            RunKind::Absent => State::Absent,
+            RunKind::Zero(None) => State::Zero { reserved: None },
+            RunKind::Zero(Some(host)) => State::Zero {
+                reserved: Some(HostSpan {
+                    file: self.data,
+                    at: host,
+                    len,
+                }),
+            },
+            RunKind::Data(host) => {
+                let len = self.clip(host, len).map_err(|error| error.guest(at))?;
+                return Ok(Extent {
+                    len,
+                    state: State::Data(HostSpan {
+                        file: self.data,
+                        at: host,
+                        len,
+                    }),
+                });
+            }
+            RunKind::Compressed { low, high } => State::Compressed(HostSpan {
+                file: FileIndex::MAIN,
+                at: low,
+                len: high.since(low),
+            }),
+        };
+        Ok(Extent { len, state })
+    }
+
+    fn read_at(&self, at: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let (kind, len) = self.run(at, rest.len() as u64)?;
+            let len = match kind {
+                RunKind::Data(host) => self.clip(host, len).map_err(|error| error.guest(at))?,
+                _ => len,
+            };
+            let len = usize::try_from(len).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            match kind {
+                RunKind::Zero(_) => now.fill(0),
+                RunKind::Data(host) => {
+                    let data = self.data()?;
+                    read_clipped(data.as_ref(), self.data_len, host, now).map_err(|error| error.guest(at))?;
+                }
+                RunKind::Compressed { .. } => self.read_compressed(at, now)?,
+                RunKind::Absent => {
+                    return Err(
+                        Error::new(ErrorKind::Usage, "these bytes are the backing image's").guest(at),
+                    );
+                }
+            }
+            at = at.plus(len as u64)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn file(&self, index: FileIndex) -> Option<&Arc<dyn Storage>> {
+        self.files.get(usize::from(index.0))
+    }
+}
+
+fn first_word(entry: &[u8]) -> L2Entry {
+    match (entry.first_chunk::<16>(), entry.first_chunk::<8>()) {
+        (Some(entry), _) => split_entry(entry).0,
+        (None, Some(entry)) => L2Entry(u64::from_be_bytes(*entry)),
+        (None, None) => L2Entry::UNALLOCATED,
+    }
+}
+
+/// How many of `spans` to read at once, where they start and how many bytes they take.
+fn batch(spans: &[CompressedSpan]) -> Option<(HostOffset, u64, usize)> {
+    let first = spans.first()?;
+    let (mut low, mut high) = (first.at, first.end());
+    let mut count = 1_usize;
+    for span in spans.iter().skip(1) {
+        let near = span.at.get() <= high.get().saturating_add(BATCH_GAP)
+            && low.get() <= span.end().get().saturating_add(BATCH_GAP);
+        let (new_low, new_high) = (low.min(span.at), high.max(span.end()));
+        if !near || new_high.since(new_low) > BATCH_BYTES {
+            break;
+        }
+        (low, high) = (new_low, new_high);
+        count = count.saturating_add(1);
+    }
+    Some((low, high.since(low), count))
+}
+
+/// Fills `buf`; what lies past the end of the file, which is known to be at `len` or behind, is zeros.
+fn read_clipped(storage: &dyn Storage, len: u64, at: HostOffset, buf: &mut [u8]) -> Result<()> {
+    if at.saturating_add(buf.len() as u64).get() <= len {
+        storage.read_at(at, buf)
+    } else {
+        storage.read_padded(at, buf)
+    }
+}
+
+fn read_span(
+    storage: &dyn Storage,
+    file_len: u64,
+    at: HostOffset,
+    len: u64,
+    input: &mut Vec<u8>,
+) -> Result<()> {
+    // At most BATCH_BYTES, or one span: twice a cluster.
+    let len = usize::try_from(len).map_err(|_| Error::bare(ErrorKind::Unsupported))?;
+    input.resize(len, 0);
+    read_clipped(storage, file_len, at, input).map_err(|error| error.host(at))
+}
+
+/// Decoders with their buffers, lent to one reader at a time.
+#[derive(Debug)]
+pub(super) struct Decoders {
+    compression: CompressionType,
+    geometry: Geometry,
+    idle: Mutex<Vec<Scratch>>,
+}
+
+/// A decoder and its buffers.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    decoder: Decoder,
+    input: Vec<u8>,
+    cluster: Vec<u8>,
+    spans: Vec<CompressedSpan>,
+}
+
+impl Decoders {
+    pub(super) fn new(compression: CompressionType, geometry: Geometry) -> Self {
+        Self {
+            compression,
+            geometry,
+            idle: Mutex::default(),
+        }
+    }
+
+    /// A decoder for the caller alone, until it is [put](Self::put) back.
+    pub(super) fn take(&self) -> Result<Scratch> {
+        if let Some(scratch) = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+            return Ok(scratch);
+        }
+        let decoder = match self.compression {
+            CompressionType::Zlib => Decoder::deflate(),
+            CompressionType::Zstd => Decoder::zstd().map_err(|error| Error::new(ErrorKind::Io, error))?,
+        };
+        Ok(Scratch {
+            decoder,
+            input: Vec::new(),
+            cluster: Vec::new(),
+            spans: Vec::new(),
+        })
+    }
+
+    pub(super) fn put(&self, scratch: Scratch) {
+        self.idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(scratch);
+    }
+
+    /// Reads one compressed cluster whole into `cluster`, which has its size. `file_len` is where the file ends.
+    pub(super) fn read_cluster(
+        &self,
+        storage: &dyn Storage,
+        file_len: u64,
+        span: CompressedSpan,
+        cluster: &mut [u8],
+    ) -> Result<()> {
+        if span.at.get() >= file_len {
+            return Err(past_end("compressed cluster", span.at, span.len, file_len));
+        }
+        let mut scratch = self.take()?;
+        let mut input = std::mem::take(&mut scratch.input);
+        let read = read_span(storage, file_len, span.at, span.len, &mut input)
+            .and_then(|()| scratch.decode(self.geometry, &input, 0, cluster));
+        scratch.input = input;
+        self.put(scratch);
+        read.map_err(|error| error.host(span.at))
+    }
+}
+
+impl Scratch {
+    /// Decodes a cluster and puts what it has from byte `into` on into `piece`.
+    fn decode(&mut self, geometry: Geometry, stream: &[u8], into: u64, piece: &mut [u8]) -> Result<()> {
+        let cluster_len = geometry.cluster_bits().cluster_len();
+        let decoded = if piece.len() == cluster_len {
+            self.decoder.decode(stream, piece)
+        } else {
+            self.cluster.resize(cluster_len, 0);
+            let decoded = self.decoder.decode(stream, &mut self.cluster);
+            let from = usize::try_from(into).unwrap_or(usize::MAX);
+            let part = self.cluster.get(from..).unwrap_or_default();
+            for (to, from) in piece.iter_mut().zip(part) {
+                *to = *from;
+            }
+            decoded
+        };
+        decoded.map_err(|error| Error::new(ErrorKind::Corrupt, error).format(Format::Qcow2))
+    }
+}

@@ -1,0 +1,216 @@
+//! The table of internal snapshots.
+
+#![deny(clippy::arithmetic_side_effects)]
+
+use diskmill_core::{Error, ErrorKind, Format, HostOffset, Limits, Result, SnapshotFacts, Storage};
+use zerocopy::FromBytes;
+
+use super::header::{Header, Version};
+use super::layout::{RawSnapshot, RawSnapshotExtra, SNAPSHOT_EXTRA_MAX, SNAPSHOT_TABLE_BYTES_MAX};
+
+/// An entry of the snapshot table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// Where its L1 table is, as stored: not checked.
+    pub l1_table_offset: HostOffset,
+    /// Entries of its L1 table, as stored: not checked.
+    pub l1_size: u32,
+    /// What people see of it.
+    pub facts: SnapshotFacts,
+    /// Its extra data, known and unknown.
+    pub extra: Vec<u8>,
+}
+
+/// What is wrong with the snapshot table.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// The table runs past the end of the file.
+    #[error("snapshot table entry {index} of {count} at {at:#x} runs past the end of the file")]
+    PastEnd {
+        /// Which entry.
+        index: u32,
+        /// Of how many.
+        count: u32,
+        /// Where it starts.
+        at: u64,
+    },
+    /// Too much of it.
+    #[error("snapshot table has more than {0} bytes")]
+    TooLong(u64),
+    /// More snapshots than the caller allows.
+    #[error("nb_snapshots is {count}, must be at most {limit}")]
+    TooMany {
+        /// How many there are.
+        count: u32,
+        /// How many there may be.
+        limit: u32,
+    },
+    /// More extra data than is allowed.
+    #[error("snapshot {index} has {len} bytes of extra data, must be {low} to 1024")]
+    Extra {
+        /// Which entry.
+        index: u32,
+        /// Bytes there are.
+        len: u32,
+        /// Bytes there must be.
+        low: u32,
+    },
+}
+
+impl From<SnapshotError> for Error {
+    fn from(error: SnapshotError) -> Self {
+        Error::new(ErrorKind::Malformed, error).format(Format::Qcow2)
+    }
+}
+
+/// Reads the snapshot table. Also says where it ends.
+pub fn read_table(
+    main: &dyn Storage,
+    header: &Header,
+    limits: &Limits,
+) -> Result<(Vec<Snapshot>, HostOffset)> {
+    let count = header.nb_snapshots;
+    let mut cursor = Cursor::new(main, header.snapshots_offset, limits)?;
+    if count > limits.snapshots {
+        return Err(SnapshotError::TooMany {
+            count,
+            limit: limits.snapshots,
+        }
+        .into());
+    }
+    let mut snapshots = Vec::new();
+    for index in 0..count {
+        let at = cursor.at;
+        let entry = read_entry(&mut cursor, header, index)?.ok_or(SnapshotError::PastEnd {
+            index,
+            count,
+            at: at.get(),
+        })?;
+        snapshots.push(entry);
+    }
+    Ok((snapshots, cursor.at))
+}
+
+/// The next entry, or `None` if the file ends before it does.
+fn read_entry(cursor: &mut Cursor<'_>, header: &Header, index: u32) -> Result<Option<Snapshot>> {
+    let Some(head) = cursor.take(size_of::<RawSnapshot>())? else {
+        return Ok(None);
+    };
+    let Ok(raw) = RawSnapshot::read_from_bytes(&head) else {
+        return Ok(None);
+    };
+    let extra_len = raw.extra_len.get();
+    let low = match header.version {
+        Version::V2 => 0,
+        Version::V3 => 16,
+    };
+    if !(low..=SNAPSHOT_EXTRA_MAX).contains(&extra_len) {
+        return Err(SnapshotError::Extra {
+            index,
+            len: extra_len,
+            low,
+        }
+        .into());
+    }
+    let (Some(extra), Some(id), Some(name)) = (
+        cursor.take(usize::try_from(extra_len).unwrap_or(usize::MAX))?,
+        cursor.take(raw.id_len.get().into())?,
+        cursor.take(raw.name_len.get().into())?,
+    ) else {
+        return Ok(None);
+    };
+    cursor.align();
+    // Fields that the entry does not have keep these values.
+    let mut padded = [0xff; size_of::<RawSnapshotExtra>()];
+    for (to, from) in padded.iter_mut().zip(&extra) {
+        *to = *from;
+    }
+    let known = RawSnapshotExtra::read_from_bytes(&padded).ok();
+    let has = |bytes: u32| extra_len >= bytes;
+    let facts = SnapshotFacts {
+        id: String::from_utf8_lossy(&id).into_owned(),
+        name: String::from_utf8_lossy(&name).into_owned(),
+        vm_state_size: known
+            .filter(|_| has(8))
+            .map_or(raw.vm_state_size.get().into(), |known| known.vm_state_size.get()),
+        date_sec: raw.date_sec.get().into(),
+        date_nsec: raw.date_nsec.get(),
+        vm_clock_nsec: raw.vm_clock_nsec.get(),
+        icount: known
+            .filter(|_| has(24))
+            .map(|known| known.icount.get())
+            .filter(|count| *count != u64::MAX),
+        disk_size: known
+            .filter(|_| has(16))
+            .map_or(header.virtual_size(), |known| known.disk_size.get()),
+    };
+    Ok(Some(Snapshot {
+        l1_table_offset: HostOffset::new(raw.l1_table_offset.get()),
+        l1_size: raw.l1_size.get(),
+        facts,
+        extra,
+    }))
+}
+
+/// Reads a table whose entries have no fixed length, a piece at a time.
+struct Cursor<'a> {
+    main: &'a dyn Storage,
+    file_len: u64,
+    start: HostOffset,
+    at: HostOffset,
+    most: u64,
+    piece: Vec<u8>,
+    piece_at: HostOffset,
+}
+
+/// Bytes read at once.
+const PIECE: u64 = 64 << 10;
+
+impl<'a> Cursor<'a> {
+    fn new(main: &'a dyn Storage, start: HostOffset, limits: &Limits) -> Result<Self> {
+        Ok(Self {
+            main,
+            file_len: main.len()?,
+            start,
+            at: start,
+            most: SNAPSHOT_TABLE_BYTES_MAX.min(limits.snapshot_table_bytes),
+            piece: Vec::new(),
+            piece_at: start,
+        })
+    }
+
+    /// The next `len` bytes, or `None` if the file ends before. `len` is at most 64 KiB.
+    fn take(&mut self, len: usize) -> Result<Option<Vec<u8>>> {
+        let Some(end) = self.at.checked_add(len as u64) else {
+            return Ok(None);
+        };
+        if end.get() > self.file_len {
+            return Ok(None);
+        }
+        if end.since(self.start) > self.most {
+            return Err(SnapshotError::TooLong(self.most).into());
+        }
+        if end.since(self.piece_at) > self.piece.len() as u64 {
+            let left = self.file_len.saturating_sub(self.at.get());
+            let piece_len = PIECE.max(len as u64).min(left);
+            self.piece.resize(usize::try_from(piece_len).unwrap_or(0), 0);
+            self.main.read_at(self.at, &mut self.piece)?;
+            self.piece_at = self.at;
+        }
+        let from = usize::try_from(self.at.since(self.piece_at)).unwrap_or(usize::MAX);
+        let bytes = self
+            .piece
+            .get(from..)
+            .and_then(|rest| rest.get(..len))
+            .map(<[u8]>::to_vec);
+        self.at = end;
+        Ok(bytes)
+    }
+
+    /// Skips to the next multiple of 8.
+    fn align(&mut self) {
+        self.at = self.at.saturating_add(self.at.get().wrapping_neg() & 7);
+    }
+}
