@@ -1,12 +1,16 @@
 //! raw: byte N of the disk is byte N of the file, or byte `offset` + N of it.
 
 mod create;
+mod layer;
+
+pub use layer::{RawError, RawLayer, View};
 
 use std::sync::Arc;
 
 use diskmill_core::{
-    Builder, CreateSpec, DataRuns, Driver, Error, ErrorKind, FilesMut, Format, Match, Measure, OpenSpec,
-    OptionSpec, OutputSpec, Parsed, Result, Sample, Storage,
+    Builder, CheckReport, CreateSpec, DataRuns, Driver, Error, ErrorKind, Facts, Files, FilesMut, Format,
+    Job, Layer, LayerMut, Match, Measure, OpenSpec, OptionSpec, OutputSpec, Parsed, Reference, Repair,
+    Result, Sample, Storage,
 };
 
 /// The driver of raw.
@@ -30,8 +34,12 @@ impl Driver for Raw {
         Match::Possible
     }
 
-    fn parse(&self, _main: Arc<dyn Storage>, _how: &OpenSpec) -> Result<Box<dyn Parsed>> {
-        Err(unsupported("opening"))
+    fn parse(&self, main: Arc<dyn Storage>, how: &OpenSpec) -> Result<Box<dyn Parsed>> {
+        let view = View::new(main.len()?, how)?;
+        Ok(Box::new(RawImage {
+            view,
+            facts: Facts::new(Format::Raw, view.size()),
+        }))
     }
 
     fn options(&self) -> &'static [OptionSpec] {
@@ -48,5 +56,51 @@ impl Driver for Raw {
 
     fn measure(&self, spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Result<Measure> {
         create::measure(spec, data)
+    }
+}
+
+/// A raw image: nothing to understand but the options.
+#[derive(Debug)]
+pub struct RawImage {
+    view: View,
+    facts: Facts,
+}
+
+impl Parsed for RawImage {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn references(&self) -> &[Reference] {
+        &[]
+    }
+
+    fn attach(self: Box<Self>, files: Files, how: &OpenSpec) -> Result<Arc<dyn Layer>> {
+        if how.snapshot.is_some() {
+            return Err(unsupported("a raw image has no internal snapshots"));
+        }
+        let mut files = files.into_iter();
+        match files.next() {
+            Some((_, main)) => Ok(Arc::new(RawLayer::new(self.view, self.facts, main))),
+            None => Err(Error::new(ErrorKind::Usage, "an image needs a file")),
+        }
+    }
+
+    fn attach_mut(self: Box<Self>, _files: FilesMut, _how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
+        Err(unsupported("writing in place"))
+    }
+
+    fn check(self: Box<Self>, _files: Files, _how: &OpenSpec, _job: Job<'_>) -> Result<CheckReport> {
+        Err(unsupported("a raw image has nothing to check"))
+    }
+
+    fn repair(
+        self: Box<Self>,
+        _files: FilesMut,
+        _how: &OpenSpec,
+        _what: Repair,
+        _job: Job<'_>,
+    ) -> Result<CheckReport> {
+        Err(unsupported("a raw image has nothing to repair"))
     }
 }
