@@ -1,1 +1,36 @@
-//! placeholder
+//! Host bytes for diskmill: the bottom of every stack.
+//!
+//! * [`File`]: a regular file or block device, through the page cache or past it, with QEMU's [locks](lock).
+//! * [`Staged`]: a new file that takes its name only when it is complete.
+//! * [`Memory`]: bytes in memory, sparse.
+//! * [`Window`]: a part of another storage. [`Throttle`]: another storage, slowed down.
+//! * [`PipeOut`] and [`PipeIn`]: what can only be written or read in order.
+//!
+//! Nothing here knows a disk image format.
+#![deny(unsafe_code)]
+
+mod buffer;
+mod cache;
+mod copy;
+mod device;
+mod file;
+pub mod lock;
+mod memory;
+#[allow(unsafe_code)]
+mod os;
+mod pipe;
+mod staged;
+mod throttle;
+mod window;
+
+pub use buffer::AlignedBuf;
+pub use cache::CacheMode;
+pub use copy::copy_range;
+pub use diskmill_core::Durability;
+pub use file::{File, FileId, FileOptions, NotADisk};
+pub use lock::{LockByteError, LockError, LockPlan, Permissions};
+pub use memory::Memory;
+pub use pipe::{PipeIn, PipeOut};
+pub use staged::{InPlace, StageOptions, Staged};
+pub use throttle::{RateLimit, Throttle};
+pub use window::Window;
