@@ -108,12 +108,6 @@ pub enum OpenError {
     /// Its data file did not open; the inner error names it.
     #[error("data file not opened")]
     DataFile(#[source] Error),
-    /// `-f` or `driver=` names no format.
-    #[error("unknown driver '{0}'")]
-    UnknownDriver(String),
-    /// A format that is known by name and not supported yet.
-    #[error("format '{0}' is not supported")]
-    UnsupportedDriver(String),
     /// The file is not of the format it was said to have.
     #[error("image is not in {0} format")]
     NotInFormat(Format),
