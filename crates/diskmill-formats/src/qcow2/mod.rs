@@ -12,15 +12,24 @@
 
 pub mod bitmap;
 mod cache;
+mod cow;
 pub mod extension;
+mod fence;
+mod flight;
 pub mod header;
 mod layer;
 pub mod layout;
 pub mod map;
 mod measure;
 pub mod options;
+mod refcount;
+mod resize;
 pub mod run;
+mod slot;
 pub mod snapshot;
+mod tables;
+mod write;
+mod zero;
 
 pub use layer::{PlaceError, Qcow2Layer};
 
@@ -166,8 +175,14 @@ impl Parsed for Qcow2Image {
         Ok(Arc::new(layer::attach(&self.header, self.facts, files, how)?))
     }
 
-    fn attach_mut(self: Box<Self>, _files: FilesMut, _how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
-        Err(unsupported("writing in place"))
+    fn attach_mut(self: Box<Self>, files: FilesMut, how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
+        refuse_unsupported(&self.header, how)?;
+        Ok(Arc::new(write::Image::open(
+            &self.header,
+            self.facts,
+            files,
+            how,
+        )?))
     }
 
     fn check(self: Box<Self>, _files: Files, _how: &OpenSpec, _job: Job<'_>) -> Result<CheckReport> {

@@ -1,0 +1,194 @@
+//! The main file of an image that is being written, and the guard around its metadata.
+//!
+//! Every write of an image open for writing goes through a [`Fence`] or is first asked about here. A write that would
+//! land on metadata of another sort is refused: it means that a table or a refcount of the image lies, and carrying it
+//! out would destroy the rest.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use diskmill_core::{Error, ErrorKind, HostOffset, Result, StorageMut};
+
+/// What a part of the main file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Guest data, compressed or not.
+    Data,
+    /// The first cluster.
+    Header,
+    /// The active L1 table.
+    ActiveL1,
+    /// An L2 table of the active state.
+    ActiveL2,
+    /// The refcount table.
+    RefcountTable,
+    /// A refcount block.
+    RefcountBlock,
+    /// The snapshot table.
+    SnapshotTable,
+    /// The L1 table of a snapshot.
+    InactiveL1,
+}
+
+impl Part {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Data => "guest data",
+            Self::Header => "the header",
+            Self::ActiveL1 => "the active L1 table",
+            Self::ActiveL2 => "an active L2 table",
+            Self::RefcountTable => "the refcount table",
+            Self::RefcountBlock => "a refcount block",
+            Self::SnapshotTable => "the snapshot table",
+            Self::InactiveL1 => "the L1 table of a snapshot",
+        }
+    }
+}
+
+/// A write that would have destroyed metadata.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("writing {what} to bytes {start:#x} to {end:#x} would overwrite {over}")]
+pub(crate) struct Overlap {
+    what: &'static str,
+    start: u64,
+    end: u64,
+    over: &'static str,
+}
+
+/// The main file, and where its metadata is.
+#[derive(Debug)]
+pub(crate) struct Fence {
+    file: Arc<dyn StorageMut>,
+    data_file: Option<Arc<dyn StorageMut>>,
+    cluster_bits: u32,
+    /// Regions of any length: few. By start, as (end, part); kept apart from one another.
+    regions: BTreeMap<u64, (u64, Part)>,
+    /// Tables of one cluster: many. By cluster index; how often they are named, more than once in a corrupt image.
+    tables: BTreeMap<u64, (Part, u32)>,
+    /// Bytes have been written that metadata must not overtake.
+    unsynced: bool,
+}
+
+impl Fence {
+    /// A fence with no regions yet. `data_file` is the external data file, which is made durable together with `file`.
+    pub(crate) fn new(
+        file: Arc<dyn StorageMut>,
+        data_file: Option<Arc<dyn StorageMut>>,
+        cluster_bits: u32,
+    ) -> Self {
+        Self {
+            file,
+            data_file,
+            cluster_bits,
+            regions: BTreeMap::new(),
+            tables: BTreeMap::new(),
+            unsynced: false,
+        }
+    }
+
+    /// The file itself.
+    pub(crate) fn file(&self) -> &Arc<dyn StorageMut> {
+        &self.file
+    }
+
+    /// Bytes of a cluster.
+    pub(crate) fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Protects a region. Regions that overlap, which only a corrupt image has, are joined under one name.
+    pub(crate) fn protect(&mut self, range: Range<u64>, part: Part) {
+        let mut joined = range;
+        while let Some((start, end)) = self.region_in(&joined).map(|(start, end, _)| (start, end)) {
+            self.regions.remove(&start);
+            joined = joined.start.min(start)..joined.end.max(end);
+        }
+        if joined.start < joined.end {
+            self.regions.insert(joined.start, (joined.end, part));
+        }
+    }
+
+    /// Ends the protection of the region that starts at `start`.
+    pub(crate) fn unprotect(&mut self, start: u64) {
+        self.regions.remove(&start);
+    }
+
+    /// Protects a table of one cluster.
+    pub(crate) fn protect_table(&mut self, at: u64, part: Part) {
+        let (_, named) = self.tables.entry(at >> self.cluster_bits).or_insert((part, 0));
+        *named = named.saturating_add(1);
+    }
+
+    /// Ends the protection of a table of one cluster for one that named it. Returns whether nothing else does.
+    pub(crate) fn unprotect_table(&mut self, at: u64) -> bool {
+        let cluster = at >> self.cluster_bits;
+        if let Some((_, named @ 2..)) = self.tables.get_mut(&cluster) {
+            *named -= 1;
+            false
+        } else {
+            self.tables.remove(&cluster);
+            true
+        }
+    }
+
+    fn region_in(&self, range: &Range<u64>) -> Option<(u64, u64, Part)> {
+        let (start, (end, part)) = self.regions.range(..range.end).next_back()?;
+        (*end > range.start).then_some((*start, *end, *part))
+    }
+
+    /// Fails if writing `what` to `range` would overwrite metadata of another sort.
+    pub(crate) fn check(&self, what: Part, range: Range<u64>) -> Result<()> {
+        let over = match self.region_in(&range) {
+            Some((_, _, part)) if part != what || what == Part::Data => Some(part),
+            _ => {
+                let first = range.start >> self.cluster_bits;
+                let last = range.end.saturating_sub(1).max(range.start) >> self.cluster_bits;
+                self.tables
+                    .range(first..=last)
+                    .map(|(_, (part, _))| *part)
+                    .find(|part| *part != what || what == Part::Data)
+            }
+        };
+        match over {
+            None => Ok(()),
+            Some(part) => Err(Error::new(
+                ErrorKind::Corrupt,
+                Overlap {
+                    what: what.name(),
+                    start: range.start,
+                    end: range.end,
+                    over: part.name(),
+                },
+            )
+            .host(HostOffset::new(range.start))),
+        }
+    }
+
+    /// Writes metadata that later metadata will rely on.
+    pub(crate) fn write(&mut self, what: Part, at: u64, bytes: &[u8]) -> Result<()> {
+        self.check(what, at..at.saturating_add(bytes.len() as u64))?;
+        self.unsynced = true;
+        self.file.write_at(HostOffset::new(at), bytes)
+    }
+
+    /// Notes that guest data was written which must be durable before the table entry that shows it.
+    pub(crate) fn note_copied(&mut self) {
+        self.unsynced = true;
+    }
+
+    /// Makes all that was written durable, the external data file first.
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        if let Some(data) = &self.data_file {
+            data.sync()?;
+        }
+        self.file.sync()?;
+        self.unsynced = false;
+        Ok(())
+    }
+
+    /// Makes what later writes rely on durable, if there is anything.
+    pub(crate) fn barrier(&mut self) -> Result<()> {
+        if self.unsynced { self.sync() } else { Ok(()) }
+    }
+}

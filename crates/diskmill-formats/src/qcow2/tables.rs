@@ -1,0 +1,686 @@
+//! The tables of an image that is being written, and the order in which they reach the disk.
+//!
+//! All changes are made in memory first, in bounded caches. [`Tables::write_back`] is the only place that writes them,
+//! in an order that a power cut cannot turn into corruption:
+//!
+//! 1. refcount blocks, then a barrier, then entries of the refcount table that point to new blocks;
+//! 2. a barrier: refcounts, and data copied from elsewhere, are durable before anything points to them;
+//! 3. L2 tables, then a barrier if an L1 entry will point to a new one;
+//! 4. L1 entries;
+//! 5. a barrier, after which references that were dropped are durably gone: only now are refcounts lowered, space
+//!    given back to the host, and clusters handed out again.
+//!
+//! So a count on disk is never lower than the number of references on disk; it may be higher, which is a leak. A plain
+//! allocating write costs no barrier: barriers are taken when tables are written, on a flush or when a cache is full of
+//! changes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use diskmill_core::{Error, ErrorKind, GuestOffset, HostOffset, Result, SECTOR, StorageMut};
+
+use super::fence::{Fence, Part};
+use super::header::Header;
+use super::map::{Geometry, L1Entry, L2Entry};
+use super::refcount::Refcounts;
+use super::slot::{Place, Slot};
+
+/// Bytes of L2 tables kept in memory, unless that is less than [`MIN_TABLES`].
+const CACHE_BYTES: u64 = 8 << 20;
+const MIN_TABLES: usize = 4;
+
+/// Dropped references kept in memory before they are settled.
+const MAX_DROPPED: usize = 4096;
+/// Host bytes they may keep occupied.
+const MAX_DROPPED_BYTES: u64 = 1 << 30;
+
+/// L1 entries in one write.
+const ENTRIES_PER_SECTOR: usize = 64;
+
+/// What is wrong with a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum TableError {
+    /// A table or cluster that is not in the file.
+    #[error("{what} is at {at:#x}, must be below the end of the file at {len:#x}")]
+    PastEnd { what: &'static str, at: u64, len: u64 },
+    /// A guest offset without L1 entry.
+    #[error("guest offset {at:#x} is past what the l1 table of {entries} entries covers")]
+    PastL1 { at: u64, entries: u64 },
+}
+
+/// Whether space that is given back is also given back to the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reclaim {
+    /// It stays in the file, for other clusters.
+    Keep,
+    /// If the image was opened to pass discards on.
+    IfAsked,
+    /// Always.
+    Always,
+}
+
+/// References that are gone from the tables in memory.
+#[derive(Clone, Copy, Debug)]
+struct Dropped {
+    first: u64,
+    count: u64,
+    reclaim: Reclaim,
+}
+
+#[derive(Debug)]
+struct Table {
+    words: Vec<u64>,
+    dirty: Range<usize>,
+    used: u64,
+}
+
+/// The tables of an image.
+#[derive(Debug)]
+pub(crate) struct Tables {
+    pub(crate) geometry: Geometry,
+    pub(crate) fence: Fence,
+    pub(crate) refcounts: Refcounts,
+    l1: Vec<L1Entry>,
+    l1_at: HostOffset,
+    dirty_l1: BTreeSet<usize>,
+    l2: BTreeMap<u64, Table>,
+    capacity: usize,
+    clock: u64,
+    dropped: Vec<Dropped>,
+    dropped_clusters: u64,
+    /// Pass discards on.
+    unmap: bool,
+    /// Where the next compressed cluster goes, if it fits.
+    packed_at: Option<u64>,
+}
+
+impl Tables {
+    /// Reads the L1 table and the refcount table of the image with header `header`, and protects what they name.
+    pub(crate) fn load(
+        header: &Header,
+        file: Arc<dyn StorageMut>,
+        data_file: Option<Arc<dyn StorageMut>>,
+        unmap: bool,
+    ) -> Result<Self> {
+        let geometry = header.geometry();
+        let cluster = geometry.cluster_size();
+        let len = file.len()?;
+        let mut fence = Fence::new(file, data_file, geometry.cluster_bits().get());
+        fence.protect(0..cluster, Part::Header);
+        let refcounts = Refcounts::load(
+            &mut fence,
+            header.refcount_order.get(),
+            header.refcount_table_offset.get(),
+            header.refcount_table_clusters,
+        )?;
+        let l1_at = header.l1_table_offset;
+        let l1_len = usize::try_from(header.l1_size).unwrap_or(0) * 8;
+        if l1_len > 0 && l1_at.get() >= len {
+            return Err(past_end("the active l1 table", l1_at.get(), len));
+        }
+        let mut raw = vec![0; l1_len];
+        fence.file().read_padded(l1_at, &mut raw)?;
+        let l1: Vec<L1Entry> = raw
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|entry| L1Entry(u64::from_be_bytes(*entry)))
+            .collect();
+        fence.protect(l1_at.get()..l1_at.get() + l1_len as u64, Part::ActiveL1);
+        for entry in l1.iter().filter(|entry| entry.offset() != HostOffset::ZERO) {
+            fence.protect_table(entry.offset().get(), Part::ActiveL2);
+        }
+        Ok(Self {
+            geometry,
+            fence,
+            refcounts,
+            l1,
+            l1_at,
+            dirty_l1: BTreeSet::new(),
+            l2: BTreeMap::new(),
+            capacity: usize::try_from(CACHE_BYTES / cluster)
+                .map_or(MIN_TABLES, |tables| tables.max(MIN_TABLES)),
+            clock: 0,
+            dropped: Vec::new(),
+            dropped_clusters: 0,
+            unmap,
+            packed_at: None,
+        })
+    }
+
+    /// Entries of the L1 table.
+    pub(crate) fn l1_len(&self) -> u64 {
+        self.l1.len() as u64
+    }
+
+    fn l1_entry(&self, at: GuestOffset) -> Result<(usize, L1Entry)> {
+        usize::try_from(self.geometry.l1_index(at))
+            .ok()
+            .and_then(|index| Some((index, *self.l1.get(index)?)))
+            .ok_or_else(|| {
+                let entries = self.l1.len() as u64;
+                Error::new(
+                    ErrorKind::Corrupt,
+                    TableError::PastL1 {
+                        at: at.get(),
+                        entries,
+                    },
+                )
+                .guest(at)
+            })
+    }
+
+    fn set_l1(&mut self, index: usize, entry: L1Entry) {
+        if let Some(known) = self.l1.get_mut(index) {
+            *known = entry;
+            self.dirty_l1.insert(index / ENTRIES_PER_SECTOR);
+        }
+    }
+
+    /// Whether guest bytes at `at` have an L2 table at all.
+    pub(crate) fn has_l2(&self, at: GuestOffset) -> Result<bool> {
+        Ok(self.l1_entry(at)?.1.offset() != HostOffset::ZERO)
+    }
+
+    /// The L2 table at `at`, read if it is not in memory.
+    fn table(&mut self, at: HostOffset) -> Result<&mut Table> {
+        if !self.l2.contains_key(&at.get()) {
+            let len = self.fence.file().len()?;
+            if at.get() >= len {
+                return Err(past_end("an l2 table", at.get(), len));
+            }
+            self.make_room()?;
+            let mut raw = vec![0; self.geometry.cluster_bits().cluster_len()];
+            self.fence.file().read_padded(at, &mut raw)?;
+            let words = raw
+                .as_chunks::<8>()
+                .0
+                .iter()
+                .map(|word| u64::from_be_bytes(*word))
+                .collect();
+            self.l2.insert(
+                at.get(),
+                Table {
+                    words,
+                    dirty: 0..0,
+                    used: 0,
+                },
+            );
+        }
+        self.clock += 1;
+        let clock = self.clock;
+        match self.l2.get_mut(&at.get()) {
+            Some(table) => {
+                table.used = clock;
+                Ok(table)
+            }
+            // Not reached: it was put there above.
+            None => Err(Error::bare(ErrorKind::Io)),
+        }
+    }
+
+    /// Makes room for one more table, writing changes back if nothing clean can go.
+    fn make_room(&mut self) -> Result<()> {
+        if self.l2.len() < self.capacity {
+            return Ok(());
+        }
+        if !self.l2.values().any(|table| table.dirty.is_empty()) {
+            self.write_back(false)?;
+        }
+        while self.l2.len() >= self.capacity {
+            let oldest = self
+                .l2
+                .iter()
+                .filter(|(_, table)| table.dirty.is_empty())
+                .min_by_key(|(_, table)| table.used)
+                .map(|(at, _)| *at);
+            match oldest {
+                Some(at) => self.l2.remove(&at),
+                None => break,
+            };
+        }
+        Ok(())
+    }
+
+    /// The state of the cluster with guest byte `at`.
+    pub(crate) fn slot(&mut self, at: GuestOffset) -> Result<Slot> {
+        let geometry = self.geometry;
+        let (_, entry) = self.l1_entry(at)?;
+        let Some(table_at) = entry
+            .table(geometry)
+            .map_err(|error| Error::from(error).guest(at))?
+        else {
+            return Ok(Slot::ABSENT);
+        };
+        let index = word_index(geometry, at);
+        let table = self.table(table_at)?;
+        let words = (
+            table.words.get(index).copied().unwrap_or(0),
+            if geometry.extended_l2() {
+                table.words.get(index + 1).copied().unwrap_or(0)
+            } else {
+                0
+            },
+        );
+        let start = at.align_down(geometry.cluster_size());
+        let mut slot =
+            Slot::decode(words, geometry, start).map_err(|error| Error::from(error).guest(start))?;
+        if let Place::At { own, .. } = &mut slot.place {
+            // In a table that is shared, no cluster is ours alone, whatever the entry says. A data file is never
+            // shared.
+            *own = *own && entry.copied() || geometry.data_file();
+        }
+        Ok(slot)
+    }
+
+    /// Changes the cluster with guest byte `at` to `slot`. Its L2 table is made, or made ours, first. References that
+    /// the old entry held are for the caller to [`drop_slot`](Self::drop_slot).
+    pub(crate) fn set_slot(&mut self, at: GuestOffset, slot: Slot) -> Result<()> {
+        let geometry = self.geometry;
+        let table_at = self.own_table(at)?;
+        let index = word_index(geometry, at);
+        let (entry, bitmap) = slot.encode(geometry);
+        let table = self.table(table_at)?;
+        let end = index + if geometry.extended_l2() { 2 } else { 1 };
+        if let Some(words) = table.words.get_mut(index..end) {
+            for (word, value) in words.iter_mut().zip([entry, bitmap]) {
+                *word = value;
+            }
+        }
+        table.dirty = if table.dirty.is_empty() {
+            index..end
+        } else {
+            table.dirty.start.min(index)..table.dirty.end.max(end)
+        };
+        Ok(())
+    }
+
+    /// The L2 table for guest byte `at`, which may be changed: a new one if there is none, a copy if it is shared.
+    fn own_table(&mut self, at: GuestOffset) -> Result<HostOffset> {
+        let (index, entry) = self.l1_entry(at)?;
+        let old = entry
+            .table(self.geometry)
+            .map_err(|error| Error::from(error).guest(at))?;
+        if let Some(table_at) = old
+            && entry.copied()
+        {
+            return Ok(table_at);
+        }
+        let words = match old {
+            Some(table_at) => self.table(table_at)?.words.clone(),
+            None => vec![0; self.geometry.cluster_bits().cluster_len() / 8],
+        };
+        self.make_room()?;
+        let (cluster, _) = self.allocate(1, 1)?;
+        let new = HostOffset::new(cluster << self.geometry.cluster_bits().get());
+        self.clock += 1;
+        let dirty = 0..words.len();
+        let used = self.clock;
+        self.l2.insert(new.get(), Table { words, dirty, used });
+        self.fence.protect_table(new.get(), Part::ActiveL2);
+        self.set_l1(index, L1Entry::new(new, true));
+        if let Some(old) = old {
+            self.forget_table(old);
+            self.drop_clusters(old.get() >> self.geometry.cluster_bits().get(), 1, Reclaim::Keep);
+        }
+        Ok(new)
+    }
+
+    /// Forgets an L2 table that an entry of the active L1 table no longer names. What was changed in it and not written is lost.
+    fn forget_table(&mut self, at: HostOffset) {
+        if self.fence.unprotect_table(at.get()) {
+            self.l2.remove(&at.get());
+        }
+    }
+
+    /// Takes the L2 table for guest byte `at` out of the L1 table, and drops all that it refers to.
+    pub(crate) fn drop_table(&mut self, at: GuestOffset, reclaim: Reclaim) -> Result<()> {
+        let (index, entry) = self.l1_entry(at)?;
+        let Some(table_at) = entry
+            .table(self.geometry)
+            .map_err(|error| Error::from(error).guest(at))?
+        else {
+            return Ok(());
+        };
+        let start = self.geometry.l1_start(index as u64);
+        for entry in 0..self.geometry.l2_entries() {
+            let slot = self.slot(start.plus(entry << self.geometry.cluster_bits().get())?)?;
+            self.drop_slot(slot, reclaim);
+        }
+        self.set_l1(index, L1Entry::default());
+        self.forget_table(table_at);
+        self.drop_clusters(table_at.get() >> self.geometry.cluster_bits().get(), 1, reclaim);
+        Ok(())
+    }
+
+    /// Takes up to `max` clusters in one run, at least `min`: the first, and how many there are.
+    pub(crate) fn allocate(&mut self, min: u64, max: u64) -> Result<(u64, u64)> {
+        match self.refcounts.allocate(&mut self.fence, min, max) {
+            Err(error) if error.kind() == ErrorKind::NoSpace && !self.dropped.is_empty() => {
+                self.write_back(true)?;
+                self.refcounts.allocate(&mut self.fence, min, max)
+            }
+            other => other,
+        }
+    }
+
+    /// Gives back clusters that nothing has ever referred to.
+    pub(crate) fn release(&mut self, first: u64, count: u64) -> Result<()> {
+        for cluster in first..first.saturating_add(count) {
+            self.refcounts.lower(&mut self.fence, cluster)?;
+            self.unpack_from(cluster);
+        }
+        Ok(())
+    }
+
+    /// Gives back what `slot` refers to, which nothing has ever shown.
+    pub(crate) fn release_slot(&mut self, slot: Slot) -> Result<()> {
+        let (first, count) = self.host_clusters(slot);
+        self.release(first, count)
+    }
+
+    /// Place for `len` bytes of a compressed cluster, at most one cluster: the entry that says so.
+    pub(crate) fn allocate_packed(&mut self, len: u64) -> Result<L2Entry> {
+        let geometry = self.geometry;
+        let bits = geometry.cluster_bits().get();
+        let at = match self.packed_place(len)? {
+            Some(at) => at,
+            None => {
+                let (cluster, _) = self.allocate(1, 1)?;
+                cluster << bits
+            }
+        };
+        let end = at.saturating_add(len);
+        self.packed_at = Some(end).filter(|end| !end.is_multiple_of(geometry.cluster_size()));
+        L2Entry::compressed(HostOffset::new(at), len, geometry).ok_or_else(|| {
+            Error::new(
+                ErrorKind::NoSpace,
+                format!("a compressed cluster of {len} bytes at {at:#x} is too far into the file"),
+            )
+        })
+    }
+
+    /// A place that begins in the cluster used last, each cluster it touches counted once more.
+    fn packed_place(&mut self, len: u64) -> Result<Option<u64>> {
+        let bits = self.geometry.cluster_bits().get();
+        let Some(at) = self.packed_at else {
+            return Ok(None);
+        };
+        let first = at >> bits;
+        if self.refcounts.get(&mut self.fence, first)? >= self.refcounts.max() {
+            return Ok(None);
+        }
+        let last = at.saturating_add(len).saturating_sub(1) >> bits;
+        if last > first {
+            // It runs over into the next cluster, which must be the one that is handed out.
+            let (next, _) = self.allocate(1, 1)?;
+            if next != last {
+                self.packed_at = None;
+                let end = (next << bits).saturating_add(len);
+                self.packed_at = Some(end).filter(|end| !end.is_multiple_of(self.geometry.cluster_size()));
+                return Ok(Some(next << bits));
+            }
+        }
+        self.refcounts.raise(&mut self.fence, first)?;
+        Ok(Some(at))
+    }
+
+    /// Ends packing into `cluster` once it may be handed out again.
+    fn unpack_from(&mut self, cluster: u64) {
+        if self
+            .packed_at
+            .is_some_and(|at| at >> self.geometry.cluster_bits().get() == cluster)
+        {
+            self.packed_at = None;
+        }
+    }
+
+    /// The clusters of the main file that `slot` refers to: the first, and how many.
+    fn host_clusters(&self, slot: Slot) -> (u64, u64) {
+        let bits = self.geometry.cluster_bits().get();
+        match slot.place {
+            Place::Nowhere => (0, 0),
+            Place::At { .. } if self.geometry.data_file() => (0, 0),
+            Place::At { host, .. } => (host.get() >> bits, 1),
+            Place::Packed(entry) => {
+                let span = entry.span(self.geometry);
+                let first = span.at.get() >> bits;
+                let last = span.end().get().saturating_sub(1) >> bits;
+                (first, last.saturating_sub(first) + 1)
+            }
+        }
+    }
+
+    /// Notes that the active state no longer refers to what `slot` refers to.
+    pub(crate) fn drop_slot(&mut self, slot: Slot, reclaim: Reclaim) {
+        let (first, count) = self.host_clusters(slot);
+        if count > 0 {
+            self.drop_clusters(first, count, reclaim);
+        }
+    }
+
+    /// Notes that the reference to each of `count` clusters is gone from the tables in memory.
+    pub(crate) fn drop_clusters(&mut self, first: u64, count: u64, reclaim: Reclaim) {
+        self.dropped_clusters = self.dropped_clusters.saturating_add(count);
+        if let Some(last) = self.dropped.last_mut()
+            && last.first.checked_add(last.count) == Some(first)
+            && last.reclaim == reclaim
+        {
+            last.count = last.count.saturating_add(count);
+        } else {
+            self.dropped.push(Dropped {
+                first,
+                count,
+                reclaim,
+            });
+        }
+    }
+
+    /// Settles dropped references if there are many.
+    pub(crate) fn settle_if_many(&mut self) -> Result<()> {
+        if self.dropped.len() > MAX_DROPPED
+            || self.dropped_clusters > MAX_DROPPED_BYTES >> self.geometry.cluster_bits().get()
+        {
+            self.write_back(true)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Writes all changes, in the order the module describes. With `durable`, returns when they are on stable storage,
+    /// and settles dropped references.
+    pub(crate) fn write_back(&mut self, durable: bool) -> Result<()> {
+        self.refcounts.write_blocks(&mut self.fence)?;
+        if self.refcounts.table_is_dirty() {
+            self.fence.barrier()?;
+            self.refcounts.write_table(&mut self.fence)?;
+        }
+        if self.l2.values().any(|table| !table.dirty.is_empty()) {
+            self.fence.barrier()?;
+            for (at, table) in &mut self.l2 {
+                write_table(&mut self.fence, *at, table)?;
+            }
+        }
+        if !self.dirty_l1.is_empty() {
+            self.fence.barrier()?;
+            self.write_l1()?;
+        }
+        if durable {
+            self.fence.sync()?;
+            self.settle()?;
+        }
+        Ok(())
+    }
+
+    /// Whether there is anything to write back or to settle.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.refcounts.is_dirty()
+            || !self.dirty_l1.is_empty()
+            || !self.dropped.is_empty()
+            || self.l2.values().any(|table| !table.dirty.is_empty())
+    }
+
+    /// Makes all that was written durable and reachable.
+    pub(crate) fn flush(&mut self) -> Result<()> {
+        if self.packed_at.is_some() && !self.fence.file().hints().fixed_len {
+            // Readers may insist on whole sectors.
+            let len = self.fence.file().len()?;
+            if !len.is_multiple_of(SECTOR) {
+                self.fence.file().set_len(len.next_multiple_of(SECTOR))?;
+            }
+        }
+        self.write_back(true)
+    }
+
+    fn write_l1(&mut self) -> Result<()> {
+        while let Some(sector) = self.dirty_l1.first().copied() {
+            let first = sector * ENTRIES_PER_SECTOR;
+            let raw: Vec<u8> = self
+                .l1
+                .iter()
+                .skip(first)
+                .take(ENTRIES_PER_SECTOR)
+                .flat_map(|entry| entry.0.to_be_bytes())
+                .collect();
+            self.fence
+                .write(Part::ActiveL1, self.l1_at.get() + first as u64 * 8, &raw)?;
+            self.dirty_l1.remove(&sector);
+        }
+        Ok(())
+    }
+
+    /// Lowers the counts of clusters whose references are durably gone.
+    fn settle(&mut self) -> Result<()> {
+        let bits = self.geometry.cluster_bits().get();
+        let dropped = std::mem::take(&mut self.dropped);
+        self.dropped_clusters = 0;
+        for Dropped {
+            first,
+            count,
+            reclaim,
+        } in dropped
+        {
+            let reclaim = reclaim == Reclaim::Always || reclaim == Reclaim::IfAsked && self.unmap;
+            let mut free: Option<Range<u64>> = None;
+            for cluster in first..first.saturating_add(count) {
+                if self.refcounts.lower(&mut self.fence, cluster)? > 0 {
+                    continue;
+                }
+                self.unpack_from(cluster);
+                match &mut free {
+                    Some(range) if range.end == cluster => range.end += 1,
+                    _ => {
+                        let done = free.replace(cluster..cluster + 1);
+                        self.reclaim(done.filter(|_| reclaim), bits)?;
+                    }
+                }
+            }
+            self.reclaim(free.filter(|_| reclaim), bits)?;
+        }
+        self.refcounts.write_blocks(&mut self.fence)
+    }
+
+    /// Gives the host back the space of clusters that are free.
+    fn reclaim(&mut self, free: Option<Range<u64>>, bits: u32) -> Result<()> {
+        let Some(free) = free else {
+            return Ok(());
+        };
+        let range = free.start << bits..free.end << bits;
+        self.fence.check(Part::Data, range.clone())?;
+        let len = self.fence.file().len()?;
+        let range = range.start..range.end.min(len);
+        if range.start < range.end {
+            self.fence
+                .file()
+                .discard(HostOffset::new(range.start)..HostOffset::new(range.end))?;
+        }
+        Ok(())
+    }
+
+    /// Moves the L1 table to a place where it has `entries` entries; the header is switched in one write.
+    pub(crate) fn grow_l1(&mut self, entries: u64) -> Result<()> {
+        let cluster = self.geometry.cluster_size();
+        let bits = self.geometry.cluster_bits().get();
+        self.write_back(true)?;
+        let old = self.l1_at.get()..self.l1_at.get() + self.l1.len() as u64 * 8;
+        let clusters = (entries * 8).div_ceil(cluster);
+        let (first, _) = self.allocate(clusters, clusters)?;
+        let at = HostOffset::new(first << bits);
+        let mut l1 = self.l1.clone();
+        l1.resize(usize::try_from(entries).unwrap_or(0), L1Entry::default());
+        let mut raw: Vec<u8> = l1.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
+        raw.resize(usize::try_from(clusters * cluster).unwrap_or(0), 0);
+        self.refcounts.write_blocks(&mut self.fence)?;
+        if self.refcounts.table_is_dirty() {
+            self.fence.barrier()?;
+            self.refcounts.write_table(&mut self.fence)?;
+        }
+        self.fence.write(Part::ActiveL1, at.get(), &raw)?;
+        self.fence.barrier()?;
+        let mut pointer = [0; 12];
+        let (count, place) = pointer.split_at_mut(4);
+        count.copy_from_slice(&u32::try_from(entries).unwrap_or(u32::MAX).to_be_bytes());
+        place.copy_from_slice(&at.get().to_be_bytes());
+        self.fence.write(Part::Header, HEADER_L1_AT, &pointer)?;
+        self.fence.sync()?;
+
+        self.fence.unprotect(old.start);
+        self.fence
+            .protect(at.get()..at.get() + entries * 8, Part::ActiveL1);
+        (self.l1, self.l1_at) = (l1, at);
+        if old.start < old.end {
+            self.drop_clusters(
+                old.start >> bits,
+                (old.end - old.start).div_ceil(cluster),
+                Reclaim::Keep,
+            );
+        }
+        self.settle()
+    }
+
+    /// Writes header bytes at `at` and makes them durable.
+    pub(crate) fn write_header(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.fence.write(Part::Header, at, bytes)?;
+        self.fence.sync()
+    }
+
+    /// Ends the file behind the last cluster in use. All changes must have been written back.
+    pub(crate) fn truncate(&mut self) -> Result<()> {
+        if self.fence.file().hints().fixed_len {
+            return Ok(());
+        }
+        let end = self.refcounts.used_end(&mut self.fence)? << self.geometry.cluster_bits().get();
+        if end > 0 && end < self.fence.file().len()? {
+            self.fence.file().set_len(end)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where the header keeps the L1 table's entries (4 bytes) and, behind that, its offset (8 bytes).
+const HEADER_L1_AT: u64 = 36;
+
+fn word_index(geometry: Geometry, at: GuestOffset) -> usize {
+    let words = geometry.entry_len() / 8;
+    usize::try_from(geometry.l2_index(at)).unwrap_or(usize::MAX / 16) * words
+}
+
+fn write_table(fence: &mut Fence, at: u64, table: &mut Table) -> Result<()> {
+    if table.dirty.is_empty() {
+        return Ok(());
+    }
+    // Whole sectors of 64 words.
+    let start = table.dirty.start & !63;
+    let end = table.dirty.end.next_multiple_of(64).min(table.words.len());
+    if let Some(words) = table.words.get(start..end) {
+        let raw: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        fence.write(Part::ActiveL2, at + start as u64 * 8, &raw)?;
+    }
+    table.dirty = 0..0;
+    Ok(())
+}
+
+pub(crate) fn past_end(what: &'static str, at: u64, len: u64) -> Error {
+    Error::new(ErrorKind::Corrupt, TableError::PastEnd { what, at, len }).host(HostOffset::new(at))
+}
