@@ -13,6 +13,7 @@
 pub mod bitmap;
 mod cache;
 mod cow;
+pub mod create;
 pub mod extension;
 mod fence;
 mod flight;
@@ -78,12 +79,12 @@ impl Driver for Qcow2 {
         options::OPTIONS
     }
 
-    fn outputs(&self, _spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
-        Err(unsupported("creating"))
+    fn outputs(&self, spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
+        create::outputs(spec)
     }
 
-    fn build(&self, _spec: &CreateSpec, _files: FilesMut) -> Result<Box<dyn Builder>> {
-        Err(unsupported("creating"))
+    fn build(&self, spec: &CreateSpec, files: FilesMut) -> Result<Box<dyn Builder>> {
+        create::build(spec, files)
     }
 
     fn measure(&self, spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Result<Measure> {
