@@ -4,7 +4,9 @@
 //! is no proof. Panics are the way to fail: this crate is for tests only.
 #![forbid(unsafe_code)]
 
+pub mod contract;
 pub mod ext4;
+pub mod fault;
 pub mod hash;
 pub mod oracle;
 pub mod process;

@@ -1,0 +1,3 @@
+//! What every implementation of a trait must do, as functions that its tests call.
+
+pub mod storage;
