@@ -2,6 +2,7 @@
 
 mod create;
 mod layer;
+mod write;
 
 pub use layer::{RawError, RawLayer, View};
 
@@ -86,8 +87,16 @@ impl Parsed for RawImage {
         }
     }
 
-    fn attach_mut(self: Box<Self>, _files: FilesMut, _how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
-        Err(unsupported("writing in place"))
+    fn attach_mut(self: Box<Self>, files: FilesMut, how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
+        if how.snapshot.is_some() {
+            return Err(unsupported("a raw image has no internal snapshots"));
+        }
+        match files.into_iter().next() {
+            Some((_, main)) => Ok(Arc::new(write::RawLayerMut::new(
+                self.view, self.facts, main, how.unmap,
+            ))),
+            None => Err(Error::new(ErrorKind::Usage, "an image needs a file")),
+        }
     }
 
     fn check(self: Box<Self>, _files: Files, _how: &OpenSpec, _job: Job<'_>) -> Result<CheckReport> {
