@@ -72,6 +72,9 @@ pub const REFCOUNT_BLOCK_MASK: u64 = 0xffff_ffff_ffff_fe00;
 /// Refcount-table entries: bits that must be 0.
 pub const REFCOUNT_TABLE_RESERVED: u64 = 0x1ff;
 
+/// Bitmap-table entries: bits that must be 0; of an entry without offset bit 0 is in use.
+pub const BITMAP_TABLE_RESERVED: u64 = 0xff00_0000_0000_01ff;
+
 /// The part of the header that both versions have (72 bytes).
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]

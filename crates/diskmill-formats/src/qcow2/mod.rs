@@ -12,6 +12,7 @@
 
 pub mod bitmap;
 mod cache;
+mod check;
 mod cow;
 pub mod create;
 pub mod extension;
@@ -112,7 +113,11 @@ impl Qcow2Image {
             }
             .into());
         }
-        let snapshots = match snapshot::read_table(main, &header, &how.limits) {
+        let mut on_problem = |problem: snapshot::SnapshotError| match how.for_check {
+            true => Ok(()),
+            false => Err(problem.into()),
+        };
+        let snapshots = match snapshot::read_table_with(main, &header, &how.limits, &mut on_problem) {
             Ok((snapshots, _)) => snapshots,
             Err(_) if how.for_check => Vec::new(),
             Err(error) => return Err(error.op("read the snapshot table")),
@@ -186,8 +191,8 @@ impl Parsed for Qcow2Image {
         )?))
     }
 
-    fn check(self: Box<Self>, _files: Files, _how: &OpenSpec, _job: Job<'_>) -> Result<CheckReport> {
-        Err(unsupported("checking"))
+    fn check(self: Box<Self>, files: Files, how: &OpenSpec, job: Job<'_>) -> Result<CheckReport> {
+        check::run(&self.header, &files, how, job)
     }
 
     fn repair(

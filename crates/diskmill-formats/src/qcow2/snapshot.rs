@@ -65,11 +65,24 @@ impl From<SnapshotError> for Error {
     }
 }
 
+/// What is done about an entry that can be read and breaks the rules: fail, or note it and go on.
+pub type OnProblem<'a> = &'a mut dyn FnMut(SnapshotError) -> Result<()>;
+
 /// Reads the snapshot table. Also says where it ends.
 pub fn read_table(
     main: &dyn Storage,
     header: &Header,
     limits: &Limits,
+) -> Result<(Vec<Snapshot>, HostOffset)> {
+    read_table_with(main, header, limits, &mut |problem| Err(problem.into()))
+}
+
+/// As [`read_table`], but lets the caller pass over an entry's problem.
+pub fn read_table_with(
+    main: &dyn Storage,
+    header: &Header,
+    limits: &Limits,
+    on_problem: OnProblem<'_>,
 ) -> Result<(Vec<Snapshot>, HostOffset)> {
     let count = header.nb_snapshots;
     let mut cursor = Cursor::new(main, header.snapshots_offset, limits)?;
@@ -83,7 +96,7 @@ pub fn read_table(
     let mut snapshots = Vec::new();
     for index in 0..count {
         let at = cursor.at;
-        let entry = read_entry(&mut cursor, header, index)?.ok_or(SnapshotError::PastEnd {
+        let entry = read_entry(&mut cursor, header, index, on_problem)?.ok_or(SnapshotError::PastEnd {
             index,
             count,
             at: at.get(),
@@ -94,7 +107,12 @@ pub fn read_table(
 }
 
 /// The next entry, or `None` if the file ends before it does.
-fn read_entry(cursor: &mut Cursor<'_>, header: &Header, index: u32) -> Result<Option<Snapshot>> {
+fn read_entry(
+    cursor: &mut Cursor<'_>,
+    header: &Header,
+    index: u32,
+    on_problem: OnProblem<'_>,
+) -> Result<Option<Snapshot>> {
     let Some(head) = cursor.take(size_of::<RawSnapshot>())? else {
         return Ok(None);
     };
@@ -107,15 +125,15 @@ fn read_entry(cursor: &mut Cursor<'_>, header: &Header, index: u32) -> Result<Op
         Version::V3 => 16,
     };
     if !(low..=SNAPSHOT_EXTRA_MAX).contains(&extra_len) {
-        return Err(SnapshotError::Extra {
+        on_problem(SnapshotError::Extra {
             index,
             len: extra_len,
             low,
-        }
-        .into());
+        })?;
     }
+    let kept_len = extra_len.min(SNAPSHOT_EXTRA_MAX);
     let (Some(extra), Some(id), Some(name)) = (
-        cursor.take(usize::try_from(extra_len).unwrap_or(usize::MAX))?,
+        cursor.take_and_skip(kept_len, extra_len.saturating_sub(kept_len))?,
         cursor.take(raw.id_len.get().into())?,
         cursor.take(raw.name_len.get().into())?,
     ) else {
@@ -206,6 +224,17 @@ impl<'a> Cursor<'a> {
             .and_then(|rest| rest.get(..len))
             .map(<[u8]>::to_vec);
         self.at = end;
+        Ok(bytes)
+    }
+
+    /// The next `len` bytes; what follows them is skipped.
+    fn take_and_skip(&mut self, len: u32, skip: u32) -> Result<Option<Vec<u8>>> {
+        let bytes = self.take(usize::try_from(len).unwrap_or(usize::MAX))?;
+        if skip > 0 {
+            self.at = self.at.saturating_add(skip.into());
+            self.piece.clear();
+            self.piece_at = self.at;
+        }
         Ok(bytes)
     }
 
