@@ -301,7 +301,7 @@ mod tests {
         assert_eq!(journal.len(), 3);
         assert_eq!(journal.prefix(0), [vec![1; 2048]]);
         let whole = [vec![2; 1024], vec![3; 2048]].concat();
-        assert_eq!(journal.prefix(3), [whole.clone()]);
+        assert_eq!(journal.prefix(3), std::slice::from_ref(&whole));
         let mut seen = std::collections::BTreeSet::new();
         for seed in 0..200 {
             let files = journal.crash(3, seed);

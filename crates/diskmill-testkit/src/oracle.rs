@@ -3,6 +3,8 @@
 //! Texts and JSON differ between versions of QEMU; tests are written against the version [`QEMU_VERSION`] names.
 
 use std::ffi::OsStr;
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -192,6 +194,8 @@ impl Holder {
     pub fn qemu_nbd(path: impl AsRef<Path>, format: &str, flags: &[&str]) -> Self {
         let path = path.as_ref();
         let socket = path.with_extension("nbd-socket");
+        // One that was killed leaves its socket, which must not be taken for the new one's.
+        let _ = std::fs::remove_file(&socket);
         let child = Run::new("qemu-nbd")
             .args(flags)
             .args(["-f", format, "-t", "-k"])
@@ -200,7 +204,11 @@ impl Holder {
             .spawn();
         let mut holder = Self { child };
         let started = Instant::now();
-        while !socket.exists() {
+        let mut client = loop {
+            // The socket is there before the image is open.
+            if let Ok(client) = UnixStream::connect(&socket) {
+                break client;
+            }
             if let Some(status) = holder.child.try_wait().expect("wait for qemu-nbd") {
                 panic!("qemu-nbd could not serve {}: {status}", path.display());
             }
@@ -209,7 +217,11 @@ impl Holder {
                 "qemu-nbd does not start"
             );
             std::thread::sleep(Duration::from_millis(2));
-        }
+        };
+        // Only a server that has opened and locked the image greets.
+        let mut greeting = [0; 8];
+        client.read_exact(&mut greeting).expect("hear from qemu-nbd");
+        assert_eq!(&greeting, b"NBDMAGIC");
         holder
     }
 
