@@ -89,7 +89,7 @@ mod tests {
 
     use super::*;
 
-    struct Runs(Vec<Range<u64>>);
+    struct Runs(Vec<(u64, u64)>);
 
     impl DataRuns for Runs {
         fn next_run(&mut self) -> Result<Option<Range<GuestOffset>>> {
@@ -97,7 +97,7 @@ mod tests {
                 return Ok(None);
             }
             let run = self.0.remove(0);
-            Ok(Some(GuestOffset::new(run.start)..GuestOffset::new(run.end)))
+            Ok(Some(GuestOffset::new(run.0)..GuestOffset::new(run.1)))
         }
     }
 
@@ -139,10 +139,10 @@ mod tests {
 
     #[test]
     fn data_counts_by_the_clusters_it_touches() {
-        let mut runs = Runs(vec![0..1, 100..200, 65_535..65_537, 200_000..200_001]);
+        let mut runs = Runs(vec![(0, 1), (100, 200), (65_535, 65_537), (200_000, 200_001)]);
         let measured = measure(&spec(64 << 20, ""), Some(&mut runs)).unwrap();
         assert_eq!(measured.required, 327_680 + 3 * 65_536);
-        let mut runs = Runs(vec![2_101_248..2_105_344]);
+        let mut runs = Runs(vec![(2_101_248, 2_105_344)]);
         let measured = measure(&spec(8 << 20, "cluster_size=4k"), Some(&mut runs)).unwrap();
         assert_eq!((measured.required, measured.fully_allocated), (40_960, 8_425_472));
     }

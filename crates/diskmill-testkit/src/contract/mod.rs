@@ -1,3 +1,4 @@
 //! What every implementation of a trait must do, as functions that its tests call.
 
+pub mod builder;
 pub mod storage;

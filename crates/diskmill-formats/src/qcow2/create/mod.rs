@@ -145,6 +145,9 @@ impl Qcow2Builder {
         if self.plan.data_file.is_some() {
             return Ok((HostOffset::new(range.start.get()), len));
         }
+        // Tables may be placed between the data of one L2 table and the next, never within.
+        let covers = self.plan.geometry().l1_entry_covers();
+        let len = len.min(covers.saturating_sub(range.start.within(covers)));
         let cluster_size = self.cluster_size();
         let within = range.start.within(cluster_size);
         if within > 0
@@ -321,7 +324,7 @@ impl Builder for Qcow2Builder {
                 writes.push(FileIndex::MAIN, host, bytes);
             }
         }
-        self.tables.settle(false, writes)
+        Ok(())
     }
 
     fn place_run<'b>(&mut self, range: Range<GuestOffset>, what: Run, writes: &mut Writes<'b>) -> Result<()> {
@@ -342,7 +345,7 @@ impl Builder for Qcow2Builder {
         } else if hides {
             self.zeros(&range, writes)?;
         }
-        self.tables.settle(false, writes)
+        Ok(())
     }
 
     fn reserve<'b>(
@@ -350,17 +353,21 @@ impl Builder for Qcow2Builder {
         range: Range<GuestOffset>,
         writes: &mut Writes<'b>,
     ) -> Result<Option<HostSpan>> {
-        let cluster_size = self.cluster_size();
-        let end_of_cluster = range.start.align_down(cluster_size).saturating_add(cluster_size);
-        let split = !range.start.is_aligned(cluster_size) && range.end > end_of_cluster;
-        if self.plan.codec.is_some() || (split && self.plan.data_file.is_none()) || range.is_empty() {
+        // What lies within one table, and in one cluster if that is begun, lies in a row.
+        let step = if range.start.is_aligned(self.cluster_size()) {
+            self.plan.geometry().l1_entry_covers()
+        } else {
+            self.cluster_size()
+        };
+        let row = range.start.align_down(step).saturating_add(step);
+        let split = self.plan.data_file.is_none() && range.end > row;
+        if split || self.plan.codec.is_some() || range.is_empty() {
             return Ok(None);
         }
         self.advance(&range)?;
         let (host, len) = self.locate(&range, writes)?;
         self.enter(&range, host, Fill::Data, writes)?;
         self.clear_tail(host.plus(len)?, writes)?;
-        self.tables.settle(false, writes)?;
         Ok(Some(HostSpan {
             file: self.data_file(),
             at: host,

@@ -138,7 +138,7 @@ impl Tables {
     }
 
     /// Places full tables once there are many, or all that are full with `all`.
-    pub fn settle(&mut self, all: bool, writes: &mut Writes<'_>) -> Result<()> {
+    fn settle(&mut self, all: bool, writes: &mut Writes<'_>) -> Result<()> {
         for (index, block) in self.clusters.take_full() {
             self.waiting.push((Owner::Block(index), block));
         }
@@ -261,6 +261,8 @@ impl Tables {
             .is_some_and(|current| current.l1_index != l1_index)
         {
             self.close(writes)?;
+            // Here and nowhere else: the layout must not depend on how many units are placed at once.
+            self.settle(false, writes)?;
         }
         if self.current.is_none() {
             self.l1_reaches(l1_index.saturating_add(1))?;
