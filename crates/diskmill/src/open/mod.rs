@@ -2,11 +2,20 @@
 //!
 //! This is the only place where a name found inside an image is turned into an open file.
 
-use std::ffi::OsStr;
-use std::path::Path;
+mod chain;
+mod guard;
+mod understand;
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diskmill_core::{Chain, Error, ErrorKind, Facts, Format, LayerMut, Limits, Result};
+use diskmill_core::{Chain, Error, Facts, Format, LayerMut, Limits, Result};
+use diskmill_storage::{CacheMode, FileId};
+
+pub(crate) use chain::Opener;
+pub(crate) use understand::Understood;
 
 use crate::policy::References;
 use crate::spec::ImageSpec;
@@ -17,10 +26,15 @@ use crate::spec::ImageSpec;
 pub struct OpenRequest {
     /// Which image.
     pub spec: ImageSpec,
-    /// Its format by name, instead of probing. A `driver` in `spec` comes first.
+    /// Its format by name, instead of a `driver` in `spec` or probing.
     pub format: Option<String>,
+    /// How it goes through the host's page cache.
+    pub cache: CacheMode,
     /// Read it even while another process writes it (`-U`): no lock but the weakest is taken.
     pub share: bool,
+    /// Let nobody write it while it is open even if it is raw, as the source of a convert. Formats other than raw and
+    /// backing images always hold writers off.
+    pub hold: bool,
     /// Which files it may name.
     pub policy: References,
     /// Caps on what it may ask for.
@@ -39,7 +53,9 @@ impl OpenRequest {
         Self {
             spec,
             format: None,
+            cache: CacheMode::Writeback,
             share: false,
+            hold: false,
             policy: References::Any,
             limits: Limits::default(),
             snapshot: None,
@@ -81,10 +97,14 @@ pub struct Node {
     pub filename: Arc<str>,
     /// The names of its files, by [`FileIndex`](diskmill_core::FileIndex).
     pub files: Vec<Arc<str>>,
+    /// Which file of the host holds it.
+    pub id: FileId,
     /// What it says of itself.
     pub facts: Facts,
     /// Whether its format was guessed.
     pub probed: bool,
+    /// What else it looks like: a container or format that is known by name only, taken for raw; or a second format.
+    pub looks_like: Option<&'static str>,
 }
 
 /// Something a user should know about an image that opened.
@@ -93,9 +113,11 @@ pub struct Node {
 pub enum OpenWarning {
     /// Probing a file that is to be written found no format and took it for raw: its first sector is protected.
     GuessedRaw {
-        /// The file, as the user named it.
+        /// The file.
         name: String,
     },
+    /// No backing image was asked for by an empty name; `null` is the way to say it.
+    EmptyBackingName,
 }
 
 /// Why an image, or one it needs, did not open. The source of an [`Error`] whose path is the image that was wanted.
@@ -112,14 +134,17 @@ pub enum OpenError {
     #[error("image is not in {0} format")]
     NotInFormat(Format),
     /// The image is, at some remove, backed by itself.
-    #[error("backing file '{0}' creates an infinite loop")]
+    #[error("the image '{0}' is among those it is backed by")]
     Loop(String),
+    /// The data file is also the image, or one below it.
+    #[error("the data file '{0}' is in use as an image")]
+    DataFileIsImage(String),
     /// Too many images are backed by one another.
     #[error("the chain of backing files is deeper than {0} images")]
     TooDeep(usize),
     /// The policy does not let an image name this file.
     #[error(
-        "the image names '{name}', which is outside of what it may name (allow it with --allow-ref '{allow}')"
+        "the image names '{name}', which is outside of what it may name (--allow-ref '{allow}' would allow it)"
     )]
     Refused {
         /// The name, as the image writes it.
@@ -127,23 +152,45 @@ pub enum OpenError {
         /// The directory that would have to be allowed.
         allow: String,
     },
+    /// The policy does not let an image name anything but plain paths.
+    #[error("the image names '{0}', which is no plain path")]
+    NotPlain(String),
+    /// The policy demands that an image names the format of what it is backed by.
+    #[error("the image does not name the format of its backing file '{0}'")]
+    BackingFormatMissing(String),
+    /// Writing these bytes to a disk whose format was guessed to be raw would make it look like another format.
+    #[error("the format was guessed to be raw, and these bytes at its start would make it {0}")]
+    WouldChangeFormat(Format),
+    /// The user said it is a block device.
+    #[error("it is no block device")]
+    NotADevice,
 }
 
 /// Opens an image, and what it is backed by, for reading.
 pub fn image(request: &OpenRequest) -> Result<Image> {
-    Err(Error::bare(ErrorKind::Unsupported).path(request.spec.path()))
+    Opener::new(request).image()
 }
 
 /// Opens an image for changing in place, and what it is backed by for reading.
 pub fn image_mut(request: &OpenRequest) -> Result<ImageMut> {
-    Err(Error::bare(ErrorKind::Unsupported).path(request.spec.path()))
+    Opener::new(request).image_mut()
 }
 
-/// The name `reference` stands for when the image in the file `from` writes it: relative names start at the directory
-/// of that image.
-pub fn resolve_name(from: &Path, reference: &OsStr) -> std::path::PathBuf {
-    match from.parent() {
-        Some(dir) => dir.join(reference),
-        None => reference.into(),
+/// The name `reference` stands for when the image in the file `from` writes it: a relative path starts at the
+/// directory of that image, anything else stays as it is.
+pub fn resolve_name(from: &Path, reference: &OsStr) -> PathBuf {
+    let name = reference.as_bytes();
+    if name.is_empty() || name.starts_with(b"/") || ImageSpec::has_protocol(reference) {
+        return reference.into();
     }
+    let from = from.as_os_str().as_bytes();
+    let dir = from
+        .iter()
+        .rposition(|&byte| byte == b'/')
+        .and_then(|slash| from.get(..=slash))
+        .unwrap_or_default();
+    OsString::from_vec([dir, name].concat()).into()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,314 @@
+//! From an image to the chain of all it is backed by.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use diskmill_core::{
+    Access, BackingName, Chain, Error, ErrorKind, Files, FilesMut, Format, Layer, LayerMut, Result, Role,
+    Storage, StorageMut,
+};
+use diskmill_storage::{File, FileId, LockPlan};
+
+use super::guard::Guarded;
+use super::understand::{Place, open_file};
+use super::{Image, ImageMut, Node, OpenError, OpenRequest, OpenWarning, Understood, resolve_name};
+use crate::policy::References;
+use crate::spec::{BackingSpec, ImageSpec};
+
+/// Opens the images of one disk.
+#[derive(Debug)]
+pub(crate) struct Opener<'a> {
+    request: &'a OpenRequest,
+    /// Every image file opened so far: none may come twice.
+    seen: Vec<FileId>,
+}
+
+/// What an image is backed by, and who says so.
+#[derive(Debug)]
+pub(crate) struct Backing {
+    /// The image.
+    pub(crate) spec: ImageSpec,
+    /// Its format, if the image above names it.
+    pub(crate) format: Option<String>,
+}
+
+impl<'a> Opener<'a> {
+    pub(crate) fn new(request: &'a OpenRequest) -> Self {
+        Self {
+            request,
+            seen: Vec::new(),
+        }
+    }
+
+    pub(crate) fn image(mut self) -> Result<Image> {
+        let top = self.understand_top(Access::Read, false)?;
+        let next = self.backing_of(&top, &self.request.spec)?;
+        let (layer, node) = self.attach(top)?;
+        let mut image = Image {
+            chain: Chain::new(vec![layer]),
+            nodes: vec![node],
+        };
+        self.open_below(next, &mut image)?;
+        Ok(image)
+    }
+
+    pub(crate) fn image_mut(mut self) -> Result<ImageMut> {
+        let request = self.request;
+        let mut warnings = self.warnings();
+        if request.spec.settings.read_only == Some(true) {
+            let text = "read-only=on, and it is to be written";
+            return Err(Error::new(ErrorKind::Usage, text)
+                .op("open")
+                .path(request.spec.path()));
+        }
+        let top = self.understand_top(Access::Write, false)?;
+        let next = self.backing_of(&top, &request.spec)?;
+        let guessed = top.probed && top.driver.format() == Format::Raw;
+        let (mut layer, node) = self.attach_mut(top)?;
+        if guessed {
+            layer = Arc::new(Guarded::new(layer));
+            warnings.push(OpenWarning::GuessedRaw {
+                name: node.filename.to_string(),
+            });
+        }
+        let mut below = Image {
+            chain: Chain::default(),
+            nodes: vec![node],
+        };
+        self.open_below(next, &mut below)?;
+        Ok(ImageMut {
+            top: layer,
+            below: below.chain,
+            nodes: below.nodes,
+            warnings,
+        })
+    }
+
+    /// What the request itself should be remarked on.
+    pub(crate) fn warnings(&self) -> Vec<OpenWarning> {
+        match self.request.spec.backing {
+            BackingSpec::WithoutByEmptyName => vec![OpenWarning::EmptyBackingName],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Opens the image that was asked for and understands its header.
+    pub(crate) fn understand_top(&mut self, access: Access, for_check: bool) -> Result<Understood> {
+        let request = self.request;
+        let top = Understood::open(
+            &request.spec,
+            request.format.as_deref(),
+            Place::Top(access),
+            request,
+            for_check,
+        )
+        .map_err(|error| error.op("open").path(request.spec.path()))?;
+        self.seen.push(top.file.identity());
+        Ok(top)
+    }
+
+    /// Opens an image that another one is backed by and understands its header.
+    pub(crate) fn understand_backing(&mut self, backing: &Backing) -> Result<Understood> {
+        let path = backing.spec.path();
+        if self.seen.len() >= self.request.limits.chain_depth {
+            let error = OpenError::TooDeep(self.request.limits.chain_depth);
+            return Err(Error::new(ErrorKind::Unsupported, error).op("open").path(path));
+        }
+        let next = Understood::open(
+            &backing.spec,
+            backing.format.as_deref(),
+            Place::Backing,
+            self.request,
+            false,
+        )
+        .map_err(|error| error.op("open").path(path))?;
+        let id = next.file.identity();
+        if self.seen.contains(&id) {
+            let error = OpenError::Loop(next.shown.clone());
+            return Err(Error::new(ErrorKind::Malformed, error).op("open").path(path));
+        }
+        self.seen.push(id);
+        Ok(next)
+    }
+
+    /// What `image` is backed by: what the user said of it in `said`, else what it says itself.
+    pub(crate) fn backing_of(&self, image: &Understood, said: &ImageSpec) -> Result<Option<Backing>> {
+        match &said.backing {
+            BackingSpec::Without | BackingSpec::WithoutByEmptyName => Ok(None),
+            // The user's own word needs no policy.
+            BackingSpec::Other(spec) => Ok(Some(Backing {
+                spec: spec.as_ref().clone(),
+                format: None,
+            })),
+            BackingSpec::Own => match &image.parsed.facts().backing {
+                Some(name) if self.request.backing => self.named(image.file.path(), name).map(Some),
+                _ => Ok(None),
+            },
+        }
+    }
+
+    /// What the image in the file `from` means by `name`, if the policy lets it.
+    fn named(&self, from: &Path, name: &BackingName) -> Result<Backing> {
+        let policy = &self.request.policy;
+        let format = name.format.clone().filter(|format| !format.is_empty());
+        let failed = |error: Error| {
+            Error::new(error.kind(), OpenError::Backing(error))
+                .op("open")
+                .path(from)
+        };
+        if format.is_none() && !policy.may_probe() {
+            let error = OpenError::BackingFormatMissing(name.name.clone());
+            return Err(failed(
+                Error::new(ErrorKind::Denied, error).op("open").path(&name.name),
+            ));
+        }
+        let spec = self.permitted(from, &name.name).map_err(failed)?;
+        Ok(Backing { spec, format })
+    }
+
+    /// The spec of a name found in the image in the file `from`.
+    fn permitted(&self, from: &Path, name: &str) -> Result<ImageSpec> {
+        let policy = &self.request.policy;
+        if ImageSpec::has_protocol(name) {
+            return match policy {
+                References::Any => ImageSpec::from_name(name),
+                _ => {
+                    let error = OpenError::NotPlain(name.to_owned());
+                    Err(Error::new(ErrorKind::Denied, error).op("open").path(name))
+                }
+            };
+        }
+        let path = resolve_name(from, OsStr::from_bytes(name.as_bytes()));
+        let path = policy.permit(self.request.spec.path(), path, name)?;
+        Ok(ImageSpec::from_path(path))
+    }
+
+    /// Opens what is below the last layer of `image` and appends it.
+    fn open_below(&mut self, first: Option<Backing>, image: &mut Image) -> Result<()> {
+        let mut layers: Vec<Arc<dyn Layer>> = image.chain.layers().to_vec();
+        let mut next = first;
+        while let Some(backing) = next {
+            let opened = self.understand_backing(&backing).and_then(|understood| {
+                let next = self.backing_of(&understood, &backing.spec)?;
+                Ok((self.attach(understood)?, next))
+            });
+            let ((layer, node), further) = opened.map_err(|error| in_chain(error, &image.nodes))?;
+            layers.push(layer);
+            image.nodes.push(node);
+            next = further;
+        }
+        image.chain = Chain::new(layers);
+        Ok(())
+    }
+
+    fn attach(&self, image: Understood) -> Result<(Arc<dyn Layer>, Node)> {
+        let mut files: Files = vec![(Role::Main, image.file.clone())];
+        let data = self.data_files(&image, Access::Read)?;
+        files.extend(
+            data.iter()
+                .map(|(role, file)| (*role, Arc::clone(file) as Arc<dyn Storage>)),
+        );
+        let mut node = image.node(&data);
+        let path = image.file.path().to_owned();
+        let layer = image
+            .parsed
+            .attach(files, &image.how)
+            .map_err(|error| error.op("open").path(path))?;
+        node.facts = layer.facts().clone();
+        Ok((layer, node))
+    }
+
+    fn attach_mut(&self, image: Understood) -> Result<(Arc<dyn LayerMut>, Node)> {
+        let mut files: FilesMut = vec![(Role::Main, image.file.clone())];
+        let data = self.data_files(&image, Access::Write)?;
+        files.extend(
+            data.iter()
+                .map(|(role, file)| (*role, Arc::clone(file) as Arc<dyn StorageMut>)),
+        );
+        let mut node = image.node(&data);
+        let path = image.file.path().to_owned();
+        let layer = image
+            .parsed
+            .attach_mut(files, &image.how)
+            .map_err(|error| error.op("open").path(path))?;
+        node.facts = layer.facts().clone();
+        Ok((layer, node))
+    }
+
+    /// The files that an image consists of beside its main one.
+    pub(crate) fn data_files(&self, image: &Understood, access: Access) -> Result<Vec<(Role, Arc<File>)>> {
+        let mut files = Vec::new();
+        for reference in image.parsed.references() {
+            if reference.role == Role::Backing {
+                continue;
+            }
+            let file = self
+                .data_file(image, &reference.name.name, access)
+                .map_err(|error| {
+                    Error::new(error.kind(), OpenError::DataFile(error))
+                        .op("open")
+                        .path(image.file.path())
+                })?;
+            files.push((reference.role, Arc::new(file)));
+        }
+        Ok(files)
+    }
+
+    fn data_file(&self, image: &Understood, name: &str, access: Access) -> Result<File> {
+        let said = match self.seen.len() {
+            ..=1 => self.request.spec.data_file.as_ref(),
+            _ => None,
+        };
+        let (spec, file) = match said {
+            Some(file) => (self.request.spec.clone(), file.clone()),
+            None => {
+                let spec = self.permitted(image.file.path(), name)?;
+                let file = spec.file.clone();
+                (spec, file)
+            }
+        };
+        let opened = open_file(&file, access, &spec, self.request)?;
+        if self.seen.contains(&opened.identity()) {
+            let error = OpenError::DataFileIsImage(opened.path().display().to_string());
+            return Err(Error::new(ErrorKind::Malformed, error)
+                .op("open")
+                .path(opened.path()));
+        }
+        if access == Access::Read && file.lock && !self.request.share {
+            opened.relock(LockPlan::READ)?;
+        }
+        Ok(opened)
+    }
+}
+
+impl Understood {
+    fn node(&self, data: &[(Role, Arc<File>)]) -> Node {
+        let name = |file: &File| Arc::from(file.path().to_string_lossy().as_ref());
+        let mut files = vec![name(&self.file)];
+        files.extend(data.iter().map(|(_, file)| name(file)));
+        Node {
+            filename: Arc::from(self.shown.as_str()),
+            files,
+            id: self.file.identity(),
+            facts: self.parsed.facts().clone(),
+            probed: self.probed,
+            looks_like: self.looks_like,
+        }
+    }
+}
+
+/// Says of an error with a backing image which images it kept from being opened: `above`, overlay first.
+fn in_chain(error: Error, above: &[Node]) -> Error {
+    above.iter().rev().fold(error, |error, node| {
+        let path = node
+            .files
+            .first()
+            .map(|name| PathBuf::from(name.as_ref()))
+            .unwrap_or_default();
+        Error::new(error.kind(), OpenError::Backing(error))
+            .op("open")
+            .path(path)
+    })
+}

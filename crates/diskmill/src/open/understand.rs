@@ -1,0 +1,178 @@
+//! One file opened and its header understood; nothing it names is opened.
+
+use std::sync::Arc;
+
+use diskmill_core::{
+    Access, Driver, Error, ErrorKind, Format, HostOffset, OpenSpec, Parsed, Result, Sample, Storage,
+};
+use diskmill_formats::registry;
+use diskmill_storage::{CacheMode, File, FileOptions, LockPlan};
+
+use super::{OpenError, OpenRequest};
+use crate::spec::{FileSpec, ImageSpec, driver_error};
+
+/// An image whose header has been understood.
+#[derive(Debug)]
+pub(crate) struct Understood {
+    /// The name it is shown by.
+    pub(crate) shown: String,
+    /// Its file.
+    pub(crate) file: Arc<File>,
+    /// Its format.
+    pub(crate) driver: &'static dyn Driver,
+    /// Whether the caller asked for the file itself (`driver=file`): there is no format then.
+    pub(crate) bare: bool,
+    /// What its header says.
+    pub(crate) parsed: Box<dyn Parsed>,
+    /// How it is to be attached.
+    pub(crate) how: OpenSpec,
+    /// Whether its format was guessed.
+    pub(crate) probed: bool,
+    /// What else it looks like.
+    pub(crate) looks_like: Option<&'static str>,
+}
+
+/// What a file is to the disk that is being opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// The image the user asked for.
+    Top(Access),
+    /// An image below it.
+    Backing,
+}
+
+impl Understood {
+    /// Opens and understands `spec`. `format` comes before what `spec` says.
+    pub(crate) fn open(
+        spec: &ImageSpec,
+        format: Option<&str>,
+        place: Place,
+        request: &OpenRequest,
+        for_check: bool,
+    ) -> Result<Self> {
+        let named = format.or(spec.driver.as_deref());
+        let bare = matches!(named, Some("file" | "host_device"));
+        let driver = match named {
+            None => None,
+            Some("file" | "host_device") => Some(by_name("raw")?),
+            Some(name) => Some(by_name(name)?),
+        };
+        let access = match place {
+            Place::Top(access) => access,
+            Place::Backing => Access::Read,
+        };
+        let file = Arc::new(open_file(&spec.file, access, spec, request)?);
+        let probed = driver.is_none();
+        let mut looks_like = None;
+        let driver = match driver {
+            Some(driver) => driver,
+            None => {
+                let found = probe(&file)?;
+                looks_like = found.foreign.or(found.also.map(|driver| driver.format().name()));
+                found.driver
+            }
+        };
+        if access == Access::Read && spec.file.lock && !request.share {
+            let hold = request.hold || place == Place::Backing || driver.format() != Format::Raw;
+            if hold {
+                file.relock(LockPlan::READ)?;
+            }
+        }
+        let mut how = OpenSpec::default();
+        how.limits = request.limits;
+        how.options = spec.options.clone();
+        how.unmap = spec.settings.unmap.unwrap_or(request.unmap);
+        how.for_check = for_check;
+        if let Place::Top(_) = place {
+            how.snapshot.clone_from(&request.snapshot);
+        }
+        let parsed = driver
+            .parse(file.clone(), &how)
+            .map_err(|error| not_in_format(error, driver.format()).path(&spec.file.path))?;
+        Ok(Self {
+            shown: spec.shown.clone(),
+            file,
+            driver,
+            bare,
+            parsed,
+            how,
+            probed,
+            looks_like,
+        })
+    }
+}
+
+/// Opens a file as the image `spec` wants it: with its cache mode and the locks that do not depend on the format.
+pub(crate) fn open_file(
+    file: &FileSpec,
+    access: Access,
+    spec: &ImageSpec,
+    request: &OpenRequest,
+) -> Result<File> {
+    let share = spec.settings.share.unwrap_or(request.share);
+    let lock = match access {
+        _ if !file.lock => LockPlan::NONE,
+        Access::Write if share => {
+            let text = "force-share=on can only be used with read-only images";
+            return Err(Error::new(ErrorKind::Usage, text).op("open").path(&file.path));
+        }
+        Access::Write => LockPlan::WRITE,
+        Access::Read => LockPlan::SHARE,
+    };
+    let mut options = match access {
+        Access::Write => FileOptions::write(lock),
+        Access::Read => FileOptions::read(lock),
+    };
+    options = options.cache(cache_mode(request.cache, spec));
+    let opened = File::open(&file.path, &options)?;
+    if file.device && !opened.is_block_device() {
+        return Err(Error::new(ErrorKind::Usage, OpenError::NotADevice)
+            .op("open")
+            .path(&file.path));
+    }
+    Ok(opened)
+}
+
+fn cache_mode(asked: CacheMode, spec: &ImageSpec) -> CacheMode {
+    let settings = &spec.settings;
+    if settings.no_flush == Some(true) {
+        return CacheMode::Unsafe;
+    }
+    match (settings.direct, asked) {
+        (Some(true), CacheMode::Writeback | CacheMode::Unsafe) => CacheMode::None,
+        (Some(true), CacheMode::Writethrough) => CacheMode::Directsync,
+        (Some(false), CacheMode::None) => CacheMode::Writeback,
+        (Some(false), CacheMode::Directsync) => CacheMode::Writethrough,
+        (_, asked) => asked,
+    }
+}
+
+fn by_name(name: &str) -> Result<&'static dyn Driver> {
+    registry::by_name(name).ok_or_else(|| driver_error(name).into())
+}
+
+fn probe(file: &File) -> Result<diskmill_formats::Probed> {
+    let len = file.len()?;
+    let mut head = vec![0; Sample::HEAD.min(usize::try_from(len).unwrap_or(usize::MAX))];
+    file.read_at(HostOffset::ZERO, &mut head)?;
+    let mut tail = [0; Sample::TAIL];
+    let tail_len = tail.len().min(head.len());
+    let tail = tail.get_mut(..tail_len).unwrap_or_default();
+    file.read_at(HostOffset::new(len.saturating_sub(tail_len as u64)), tail)?;
+    Ok(diskmill_formats::probe(&Sample {
+        head: &head,
+        tail,
+        len,
+        name: file.path().to_str(),
+    }))
+}
+
+/// The bytes are another format's: says which one was wanted.
+fn not_in_format(error: Error, format: Format) -> Error {
+    match error.kind() {
+        ErrorKind::NotThisFormat => {
+            Error::new(ErrorKind::NotThisFormat, OpenError::NotInFormat(format)).op("open")
+        }
+        _ => error.op("open"),
+    }
+}
