@@ -1,4 +1,5 @@
 //! What every implementation of a trait must do, as functions that its tests call.
 
 pub mod builder;
+pub mod layer;
 pub mod storage;
