@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
-    Chain, Error, ErrorKind, Extent, Facts, FileIndex, FilesMut, Format, GuestOffset, HostOffset, HostSpan,
-    Layer, LayerMut, OpenSpec, Result, State as RunState, Storage, StorageMut, Stored, ZeroHow,
+    Chain, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format, GuestOffset, HostOffset,
+    HostSpan, Layer, LayerMut, OpenSpec, Result, State as RunState, Storage, StorageMut, Stored, ZeroHow,
 };
 
 use super::bitmap;
@@ -84,13 +84,25 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// Opens the image with header `header`. It must have been looked at: a dirty one is refused here.
+    /// Opens the image with header `header`.
+    ///
+    /// Bits for readers that do not know them are cleared at once. The dirty bit is never set: with lazy refcounts the
+    /// order of writes is kept all the same, so that there is nothing to repair after a power cut.
     pub(crate) fn open(header: &Header, facts: Facts, files: FilesMut, how: &OpenSpec) -> Result<Self> {
         if header.incompatible.has(Incompatible::CORRUPT) {
             return Err(refuse(ErrorKind::Corrupt, WriteError::Corrupt));
         }
-        if header.incompatible.has(Incompatible::DIRTY) {
-            return Err(refuse(ErrorKind::Unsupported, WriteError::Dirty));
+        let dirty = header.incompatible.has(Incompatible::DIRTY);
+        if dirty {
+            // Whoever wrote it last put refcounts off. If that did no harm they can be trusted again.
+            let files: Files = files
+                .iter()
+                .map(|(role, file)| (*role, Arc::clone(file) as Arc<dyn Storage>))
+                .collect();
+            let report = super::check::run(header, &files, how, Job::silent())?;
+            if report.check_errors + report.corruptions + report.leaks > 0 {
+                return Err(refuse(ErrorKind::Unsupported, WriteError::Dirty));
+            }
         }
         if header.refcount_table_clusters == 0 {
             return Err(refuse(ErrorKind::Corrupt, WriteError::NoRefcounts));
@@ -133,6 +145,10 @@ impl Image {
         if known != header.autoclear.bits() {
             tables.write_header(HEADER_AUTOCLEAR_AT, &known.to_be_bytes())?;
         }
+        let incompatible = header.incompatible.with(Incompatible::DIRTY, false);
+        if dirty {
+            tables.write_header(HEADER_INCOMPATIBLE_AT, &incompatible.bits().to_be_bytes())?;
+        }
         Ok(Self {
             facts,
             geometry,
@@ -146,10 +162,7 @@ impl Image {
             data,
             data_index,
             size: AtomicU64::new(header.virtual_size()),
-            state: Mutex::new(State {
-                tables,
-                incompatible: header.incompatible,
-            }),
+            state: Mutex::new(State { tables, incompatible }),
             flights: Flights::default(),
         })
     }
