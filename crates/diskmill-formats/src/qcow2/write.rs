@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
     Chain, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format, GuestOffset, HostOffset,
-    HostSpan, Layer, LayerMut, OpenSpec, Result, State as RunState, Storage, StorageMut, Stored, ZeroHow,
+    HostSpan, Job, Layer, LayerMut, OpenSpec, Result, State as RunState, Storage, StorageMut, Stored,
+    ZeroHow,
 };
 
 use super::bitmap;
