@@ -8,6 +8,7 @@ pub mod contract;
 pub mod ext4;
 pub mod fault;
 pub mod hash;
+pub mod host;
 pub mod model;
 pub mod oracle;
 pub mod process;

@@ -275,7 +275,11 @@ fn open_new(
     options: &StageOptions,
 ) -> std::result::Result<(OwnedFd, Option<PathBuf>), Errno> {
     let flags = options.file_options().flags();
-    match retry_on_intr(|| os::open_unnamed(dir, MODE, flags)) {
+    let unnamed = match options.named {
+        false => retry_on_intr(|| os::open_unnamed(dir, MODE, flags)),
+        true => Err(Errno::OPNOTSUPP),
+    };
+    match unnamed {
         // Without /proc the file could not be named later.
         Ok(fd) if fs::stat(format!("/proc/self/fd/{}", fd.as_raw_fd())).is_ok() => return Ok((fd, None)),
         Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::NOSPC | Errno::DQUOT)) => {

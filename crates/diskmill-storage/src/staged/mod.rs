@@ -39,6 +39,8 @@ pub struct StageOptions {
     pub extent_size_hint: Option<u64>,
     /// Refuse a block device that is mounted or otherwise in use by the kernel.
     pub exclusive: bool,
+    /// Do without files that have no name, as where the file system does not know them.
+    named: bool,
 }
 
 impl Default for StageOptions {
@@ -49,6 +51,7 @@ impl Default for StageOptions {
             nocow: false,
             extent_size_hint: None,
             exclusive: false,
+            named: false,
         }
     }
 }
