@@ -158,6 +158,11 @@ impl Error {
         self
     }
 
+    /// What explains it, taken out.
+    pub fn into_source(self) -> Option<Box<dyn StdError + Send + Sync>> {
+        self.0.source
+    }
+
     /// The operating system's error behind this one, if there is one.
     pub fn io_error(&self) -> Option<&io::Error> {
         self.find::<io::Error>()

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::{Chain, Extent, Facts, FileIndex, GuestOffset, Result, Storage, Stored, ZeroHow};
+use crate::{Chain, Extent, Facts, FileIndex, GuestOffset, HostSpan, Result, Storage, Stored, ZeroHow};
 
 /// One image, open for reading. It answers for itself alone: what is absent is for the [`Chain`] to ask below.
 pub trait Layer: Send + Sync + Debug {
@@ -25,6 +25,18 @@ pub trait Layer: Send + Sync + Debug {
 
     /// The storage a [`HostSpan`](crate::HostSpan) of this layer speaks of.
     fn file(&self, index: FileIndex) -> Option<&Arc<dyn Storage>>;
+
+    /// Whether what is stored may well be holes of the host, so that a map should ask the storage for them.
+    fn is_hollow(&self) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// The place that is kept for absent bytes at `at`, if there is one, and for how many of `max` bytes that answer
+    /// holds: at least 1.
+    fn kept(&self, at: GuestOffset, max: u64) -> Result<(Option<HostSpan>, u64)> {
+        let _ = at;
+        Ok((None, max))
+    }
 }
 
 /// One image, open for changing in place.

@@ -1,6 +1,6 @@
 //! Reading an image.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use diskmill_core::{
     Error, ErrorKind, Extent, Facts, FileIndex, Files, Format, GuestOffset, HostOffset, HostSpan, Layer,
@@ -9,7 +9,8 @@ use diskmill_core::{
 
 use super::cache::{SLICE_BYTES, SliceCache};
 use super::header::{CompressionType, Header};
-use super::map::{CompressedSpan, Geometry, L1Entry, L2Entry};
+use super::hollow::RefcountPlace;
+use super::map::{ClusterKind, CompressedSpan, Geometry, L1Entry, L2Entry};
 use super::run::{RunKind, Scan, split_entry};
 use crate::codec::Decoder;
 
@@ -53,6 +54,8 @@ pub struct Qcow2Layer {
     l1: Box<[L1Entry]>,
     cache: SliceCache,
     decoders: Decoders,
+    refcounts: RefcountPlace,
+    hollow: OnceLock<bool>,
 }
 
 /// Opens an image for reading.
@@ -80,6 +83,8 @@ pub(super) fn attach(header: &Header, facts: Facts, files: Files, how: &OpenSpec
         l1,
         cache: SliceCache::new(slice_len(geometry)),
         decoders: Decoders::new(header.compression_type, geometry),
+        refcounts: RefcountPlace::new(header),
+        hollow: OnceLock::new(),
         files,
     })
 }
@@ -407,6 +412,38 @@ impl Layer for Qcow2Layer {
 
     fn file(&self, index: FileIndex) -> Option<&Arc<dyn Storage>> {
         self.files.get(usize::from(index.0))
+    }
+
+    fn is_hollow(&self) -> Result<bool> {
+        if let Some(hollow) = self.hollow.get() {
+            return Ok(*hollow);
+        }
+        let hollow = self.refcounts.is_hollow(self.main()?.as_ref())?;
+        Ok(*self.hollow.get_or_init(|| hollow))
+    }
+
+    fn kept(&self, at: GuestOffset, max: u64) -> Result<(Option<HostSpan>, u64)> {
+        if !self.geometry.extended_l2() {
+            return Ok((None, max));
+        }
+        let into = at.within(self.geometry.cluster_size());
+        let rest = self.geometry.cluster_size().saturating_sub(into).min(max);
+        let entry = match self.table(at)? {
+            Table::None => {
+                let covers = self.geometry.l1_entry_covers();
+                return Ok((None, covers.saturating_sub(at.within(covers)).min(max)));
+            }
+            Table::Entries(slice, from) => first_word(slice.get(from..).unwrap_or_default()),
+        };
+        let span = match entry.kind(self.geometry)? {
+            ClusterKind::Normal(host) => Some(HostSpan {
+                file: self.data,
+                at: host.plus(into)?,
+                len: rest,
+            }),
+            _ => None,
+        };
+        Ok((span, rest))
     }
 }
 

@@ -19,6 +19,7 @@ pub mod extension;
 mod fence;
 mod flight;
 pub mod header;
+mod hollow;
 mod layer;
 pub mod layout;
 pub mod map;

@@ -181,6 +181,10 @@ impl Layer for RawLayer {
     fn file(&self, index: FileIndex) -> Option<&Arc<dyn Storage>> {
         (index == FileIndex::MAIN).then_some(&self.file)
     }
+
+    fn is_hollow(&self) -> Result<bool> {
+        Ok(true)
+    }
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use diskmill_core::{
-    Chain, Error, ErrorKind, Extent, Facts, FileIndex, Format, GuestOffset, Layer, LayerMut, Result, SECTOR,
-    Sample, Storage, Stored, ZeroHow,
+    Chain, Error, ErrorKind, Extent, Facts, FileIndex, Format, GuestOffset, HostSpan, Layer, LayerMut,
+    Result, SECTOR, Sample, Storage, Stored, ZeroHow,
 };
 
 use super::OpenError;
@@ -71,6 +71,14 @@ impl Layer for Guarded {
 
     fn file(&self, index: FileIndex) -> Option<&Arc<dyn Storage>> {
         self.inner.file(index)
+    }
+
+    fn is_hollow(&self) -> Result<bool> {
+        self.inner.is_hollow()
+    }
+
+    fn kept(&self, at: GuestOffset, max: u64) -> Result<(Option<HostSpan>, u64)> {
+        self.inner.kept(at, max)
     }
 }
 

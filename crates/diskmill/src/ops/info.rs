@@ -1,8 +1,12 @@
 //! What an image says of itself.
 
-use diskmill_core::{Error, ErrorKind, Result, SnapshotFacts, Value};
+use std::ffi::OsStr;
 
-use crate::open::OpenRequest;
+use diskmill_core::{Access, Error, Result, SECTOR, SnapshotFacts, Storage, Value};
+use diskmill_storage::File;
+
+use crate::open::{OpenError, OpenRequest, Opener, Understood, resolve_name};
+use crate::spec::ImageSpec;
 
 /// What `info` shows of one image, or of one of its files.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +38,8 @@ pub struct ImageInfo {
     pub snapshots: Vec<SnapshotFacts>,
     /// What only its format has: its type and its data.
     pub format_specific: Option<(String, Value)>,
+    /// A container or a further format that the bytes look like, for people: `qemu-img` does not say it.
+    pub looks_like: Option<&'static str>,
     /// Its files.
     pub children: Vec<Child>,
 }
@@ -51,7 +57,96 @@ pub struct Child {
 /// What an image says of itself: one element, or with `backing_chain` one for each image of the chain, overlay first.
 ///
 /// Without `backing_chain` no other file is opened than the one that was named. The request's `backing` is ignored.
+/// An error is that of the image it names: it does not say which images led there.
 pub fn gather(request: &OpenRequest, backing_chain: bool) -> Result<Vec<ImageInfo>> {
-    let _ = backing_chain;
-    Err(Error::bare(ErrorKind::Unsupported).path(request.spec.path()))
+    let mut opener = Opener::new(request);
+    let mut image = opener.understand_top(Access::Read, false)?;
+    let mut infos = Vec::new();
+    loop {
+        // What the user says it is backed by does not count here: each image speaks for itself.
+        let own = ImageSpec::from_path(image.file.path());
+        let next = match backing_chain {
+            true => opener.backing_of(&image, &own).map_err(without_overlay)?,
+            false => None,
+        };
+        infos.push(describe(&image)?);
+        image = match next {
+            Some(backing) => opener.understand_backing(&backing)?,
+            None => return Ok(infos),
+        };
+    }
+}
+
+/// The error of the backing image alone.
+fn without_overlay(error: Error) -> Error {
+    let kind = error.kind();
+    match error.into_source() {
+        Some(source) => match source.downcast::<OpenError>() {
+            Ok(backing) => match *backing {
+                OpenError::Backing(inner) => inner,
+                other => Error::new(kind, other),
+            },
+            Err(source) => Error::new(kind, source),
+        },
+        None => Error::bare(kind),
+    }
+}
+
+fn describe(image: &Understood) -> Result<ImageInfo> {
+    let file = describe_file(&image.file)?;
+    if image.bare {
+        return Ok(file);
+    }
+    let facts = image.parsed.facts();
+    let backing = facts.backing.as_ref();
+    Ok(ImageInfo {
+        filename: image.shown.clone(),
+        format: image.driver.format().name().to_owned(),
+        virtual_size: facts.virtual_size,
+        actual_size: file.actual_size,
+        dirty: facts.dirty,
+        cluster_size: facts.unit,
+        encrypted: facts.encrypted,
+        compressed: facts.compressed == Some(true),
+        backing_filename: backing.map(|backing| backing.name.clone()),
+        full_backing_filename: backing.map(|backing| {
+            resolve_name(image.file.path(), OsStr::new(&backing.name))
+                .to_string_lossy()
+                .into_owned()
+        }),
+        backing_filename_format: backing.and_then(|backing| backing.format.clone()),
+        snapshots: facts.snapshots.clone(),
+        format_specific: facts
+            .specific
+            .clone()
+            .map(|data| (image.driver.format().name().to_owned(), data)),
+        looks_like: image.looks_like,
+        children: vec![Child {
+            name: "file".to_owned(),
+            info: file,
+        }],
+    })
+}
+
+fn describe_file(file: &File) -> Result<ImageInfo> {
+    let len = file.len()?;
+    let device = file.is_block_device();
+    Ok(ImageInfo {
+        filename: file.path().to_string_lossy().into_owned(),
+        format: if device { "host_device" } else { "file" }.to_owned(),
+        virtual_size: len.checked_next_multiple_of(SECTOR).unwrap_or(len),
+        // A device's node takes no space of its own.
+        actual_size: if device { Some(0) } else { file.allocated()? },
+        dirty: false,
+        cluster_size: None,
+        encrypted: false,
+        compressed: false,
+        backing_filename: None,
+        full_backing_filename: None,
+        backing_filename_format: None,
+        snapshots: Vec::new(),
+        format_specific: (!device).then(|| ("file".to_owned(), Value::Map(Vec::new()))),
+        looks_like: None,
+        children: Vec::new(),
+    })
 }
