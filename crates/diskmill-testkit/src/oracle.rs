@@ -27,6 +27,14 @@ pub fn qemu_io() -> Run {
     Run::new("qemu-io")
 }
 
+/// A tool in the folder of an image, since a relative name of a data file is relative to where a tool runs.
+fn beside(run: Run, path: &Path) -> Run {
+    match path.parent() {
+        Some(dir) if path.is_absolute() => run.dir(dir),
+        _ => run,
+    }
+}
+
 /// Panics unless `qemu-img` is of the version the tests expect.
 pub fn demand_version() {
     let done = qemu_img().arg("--version").ok();
@@ -39,7 +47,7 @@ pub fn demand_version() {
 
 /// `qemu-img create -f FORMAT -o OPTIONS PATH SIZE`.
 pub fn create(path: impl AsRef<Path>, format: &str, options: &str, size: &str) {
-    let mut run = qemu_img().args(["create", "-q", "-f", format]);
+    let mut run = beside(qemu_img(), path.as_ref()).args(["create", "-q", "-f", format]);
     if !options.is_empty() {
         run = run.args(["-o", options]);
     }
@@ -54,7 +62,7 @@ pub fn create_overlay(
     backing_format: &str,
     size: Option<&str>,
 ) {
-    let mut run = qemu_img()
+    let mut run = beside(qemu_img(), path.as_ref())
         .args(["create", "-q", "-f", "qcow2"])
         .args([OsStr::new("-b"), backing.as_ref()])
         .args(["-F", backing_format]);
@@ -72,7 +80,7 @@ pub fn convert<S: AsRef<OsStr>>(
     target: impl AsRef<Path>,
     target_format: &str,
 ) {
-    qemu_img()
+    beside(qemu_img(), source.as_ref())
         .arg("convert")
         .args(extra)
         .args(["-f", source_format, "-O", target_format])
@@ -83,7 +91,7 @@ pub fn convert<S: AsRef<OsStr>>(
 
 /// What `qemu-img check --output=json` reports, and its exit code.
 pub fn check(path: impl AsRef<Path>, format: &str) -> (Value, i32) {
-    let done = qemu_img()
+    let done = beside(qemu_img(), path.as_ref())
         .args(["check", "--output=json", "-f", format])
         .arg(path.as_ref())
         .finish();
@@ -93,12 +101,15 @@ pub fn check(path: impl AsRef<Path>, format: &str) -> (Value, i32) {
 
 /// Demands that `qemu-img check` finds nothing at all.
 pub fn assert_clean(path: impl AsRef<Path>, format: &str) {
-    qemu_img().args(["check", "-f", format]).arg(path.as_ref()).ok();
+    beside(qemu_img(), path.as_ref())
+        .args(["check", "-f", format])
+        .arg(path.as_ref())
+        .ok();
 }
 
 /// Whether `qemu-img compare` calls two images identical. Panics if it cannot tell.
 pub fn identical(a: impl AsRef<Path>, a_format: &str, b: impl AsRef<Path>, b_format: &str) -> bool {
-    let done = qemu_img()
+    let done = beside(qemu_img(), a.as_ref())
         .args(["compare", "-f", a_format, "-F", b_format])
         .arg(a.as_ref())
         .arg(b.as_ref())
@@ -123,7 +134,7 @@ pub fn assert_identical(a: impl AsRef<Path>, a_format: &str, b: impl AsRef<Path>
 
 /// `qemu-img info --output=json`, with the backing chain if asked.
 pub fn info(path: impl AsRef<Path>, format: &str, chain: bool) -> Value {
-    let mut run = qemu_img().args(["info", "--output=json", "-f", format]);
+    let mut run = beside(qemu_img(), path.as_ref()).args(["info", "--output=json", "-f", format]);
     if chain {
         run = run.arg("--backing-chain");
     }
@@ -132,7 +143,7 @@ pub fn info(path: impl AsRef<Path>, format: &str, chain: bool) -> Value {
 
 /// `qemu-img map --output=json`.
 pub fn map(path: impl AsRef<Path>, format: &str) -> Value {
-    qemu_img()
+    beside(qemu_img(), path.as_ref())
         .args(["map", "--output=json", "-f", format])
         .arg(path.as_ref())
         .ok()
@@ -141,7 +152,7 @@ pub fn map(path: impl AsRef<Path>, format: &str) -> Value {
 
 /// Runs `qemu-io` commands on an image, one after the other. Panics when one fails, also when a `read -P` differs.
 pub fn io<S: AsRef<str>>(path: impl AsRef<Path>, format: &str, commands: impl IntoIterator<Item = S>) {
-    let mut run = qemu_io().args(["-f", format]);
+    let mut run = beside(qemu_io(), path.as_ref()).args(["-f", format]);
     for command in commands {
         run = run.args(["-c", command.as_ref()]);
     }

@@ -278,7 +278,6 @@ pub struct Finished {
 
 impl Finished {
     /// Demands an exit code. Panics with all there is to see otherwise.
-    #[must_use]
     pub fn expect(self, code: i32) -> Self {
         assert!(
             self.code == Some(code) && !self.timed_out,

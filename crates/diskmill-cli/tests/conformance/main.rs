@@ -1,0 +1,17 @@
+//! The command held against the real tools, both ways, cell by cell of a matrix.
+//!
+//! A test's name is its cell: format, feature, what is done. `DISKMILL_BIN` runs another binary instead of the one
+//! just built: with `/usr/bin/qemu-img` in it, the tests test themselves.
+#![allow(non_snake_case, reason = "a double underscore parts the dimensions of a cell")]
+
+mod agree;
+mod chains;
+mod disk;
+mod guest;
+mod hostile;
+mod interrupt;
+mod locks;
+mod matrix;
+mod options;
+mod sizes;
+mod tools;
