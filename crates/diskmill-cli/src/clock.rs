@@ -1,0 +1,46 @@
+//! Times as `qemu-img` prints them.
+
+/// A moment (seconds since 1970) in the user's time zone: `2026-11-22 19:45:05`.
+pub fn local(seconds: u64) -> String {
+    let Ok(seconds) = i64::try_from(seconds) else {
+        return String::new();
+    };
+    let zone = tz::TimeZone::local().unwrap_or_else(|_| tz::TimeZone::utc());
+    match tz::DateTime::from_timespec(seconds, 0, zone.as_ref()) {
+        Ok(at) => format!(
+            "{:04}-{:02}-{:02} {:02}:{:02}:{:02}",
+            at.year(),
+            at.month(),
+            at.month_day(),
+            at.hour(),
+            at.minute(),
+            at.second()
+        ),
+        Err(_) => String::new(),
+    }
+}
+
+/// How long a machine has run: `0001:02:03.004`.
+pub fn machine(nanoseconds: u64) -> String {
+    let millis = nanoseconds / 1_000_000;
+    let seconds = millis / 1000;
+    format!(
+        "{:04}:{:02}:{:02}.{:03}",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60,
+        millis % 1000
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machine_time_counts_hours_without_days() {
+        assert_eq!(machine(0), "0000:00:00.000");
+        assert_eq!(machine(3_723_004_000_000), "0001:02:03.004");
+        assert_eq!(machine(400_000 * 3_600_000_000_000), "400000:00:00.000");
+    }
+}

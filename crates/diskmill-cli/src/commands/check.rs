@@ -1,0 +1,220 @@
+use std::ffi::OsString;
+use std::fmt::Write as _;
+
+use clap::Args;
+use diskmill::ops::check::{CheckUnsupported, Checked, run};
+use diskmill_core::{CheckReport, Finding, FindingKind};
+
+use super::{JsonArgs, Run, Source, TrustArgs, wants_json};
+use crate::error::Failure;
+use crate::exit::Exit;
+use crate::json::Json;
+use crate::keyval;
+use crate::progress::{Progress, Style};
+use crate::ui::Ui;
+
+/// Check whether an image is sound
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Exit codes: 0 sound, 1 not checked, 2 corrupt, 3 leaks space, 63 the format has nothing to check"
+)]
+pub struct CheckArgs {
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// Format of the image, instead of finding it out
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// FILENAME is a list of options (driver=...,file.filename=...), not a name
+    #[arg(long)]
+    image_opts: bool,
+    /// Cache mode of the image (default: writeback)
+    #[arg(short = 'T', long, value_name = "CACHE_MODE")]
+    cache: Option<String>,
+    /// Read it even while another process writes it
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// How to print: human (the default) or json
+    #[arg(long, value_name = "human|json")]
+    output: Option<String>,
+    /// Put right what is found: leaks or all (not supported yet)
+    #[arg(short, long, value_name = "leaks|all")]
+    repair: Option<String>,
+    /// A secret or another object that options refer to
+    #[arg(long, value_name = "OBJDEF")]
+    object: Vec<String>,
+    /// The image
+    #[arg(value_name = "FILENAME", value_hint = clap::ValueHint::FilePath)]
+    names: Vec<OsString>,
+    #[command(flatten)]
+    json: JsonArgs,
+    #[command(flatten)]
+    trust: TrustArgs,
+}
+
+impl Run for CheckArgs {
+    const NAME: &'static str = "check";
+
+    fn run(self, ui: &Ui) -> Result<Exit, Failure> {
+        let json = wants_json(self.output.as_deref(), &self.json)?;
+        match self.repair.as_deref() {
+            None => {}
+            Some("leaks" | "all") => return Err(Failure::usage("Repairing images is not supported yet")),
+            Some(other) => {
+                return Err(Failure::usage_help(format!(
+                    "--repair (-r) expects 'leaks' or 'all' not '{other}'"
+                )));
+            }
+        }
+        let [name] = self.names.as_slice() else {
+            return Err(Failure::usage_help("Expecting one image file name"));
+        };
+        keyval::objects(&self.object)?;
+        let source = Source {
+            format: self.format.as_deref(),
+            image_opts: self.image_opts,
+            share: self.force_share,
+            cache: self.cache.as_deref(),
+            snapshot: None,
+        };
+        let request = source.request(name, &self.trust, ui)?;
+        let progress = Progress::begin(ui, Style::None)?;
+        let checked = run(&request, progress.job());
+        progress.signals().die_if_cancelled(&checked);
+        let checked = match checked {
+            Ok(checked) => checked,
+            Err(error) if error.find::<CheckUnsupported>().is_some() => {
+                return Err(unsupported(ui, error));
+            }
+            Err(error) => return Err(Failure::open(name, error)),
+        };
+        if json {
+            ui.print(to_json(&checked).pretty())?;
+        } else {
+            ui.note(&findings(&checked.report, ui));
+            if !self.quiet {
+                ui.print(to_text(&checked.report))?;
+            }
+        }
+        Ok(exit(&checked.report))
+    }
+}
+
+fn unsupported(ui: &Ui, error: diskmill_core::Error) -> Failure {
+    let failure = if ui.drop_in() {
+        Failure::usage("This image format does not support checks")
+    } else {
+        Failure::from(error)
+    };
+    failure.exit_with(Exit::CHECK_UNSUPPORTED)
+}
+
+fn exit(report: &CheckReport) -> Exit {
+    match report {
+        report if report.corruptions > 0 => Exit::CHECK_CORRUPT,
+        report if report.leaks > 0 => Exit::CHECK_LEAKS,
+        report if report.check_errors > 0 => Exit::FAILED,
+        _ => Exit::OK,
+    }
+}
+
+/// What was found, a line each, for standard error.
+fn findings(report: &CheckReport, ui: &Ui) -> String {
+    let mut out = String::new();
+    for finding in &report.findings {
+        let word = match finding.kind {
+            FindingKind::Corruption | FindingKind::Error => "ERROR ",
+            _ => "",
+        };
+        // A String takes whatever is written to it.
+        let _ = writeln!(out, "{word}{}", ui.name(&finding_text(finding)));
+    }
+    out
+}
+
+fn finding_text(finding: &Finding) -> String {
+    let mut chars = finding.text.chars();
+    match chars.next() {
+        Some(first) => first.to_uppercase().chain(chars).collect(),
+        None => String::new(),
+    }
+}
+
+fn to_text(report: &CheckReport) -> String {
+    let mut out = String::new();
+    let clean = report.corruptions == 0 && report.leaks == 0 && report.check_errors == 0;
+    if clean {
+        out.push_str("No errors were found on the image.\n");
+    }
+    // A String takes whatever is written to it.
+    if report.corruptions > 0 {
+        let _ = write!(
+            out,
+            "\n{} errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.\n",
+            report.corruptions
+        );
+    }
+    if report.leaks > 0 {
+        let _ = write!(
+            out,
+            "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.\n",
+            report.leaks
+        );
+    }
+    if report.check_errors > 0 {
+        let _ = write!(
+            out,
+            "\n{} internal errors have occurred during the check.\n",
+            report.check_errors
+        );
+    }
+    if report.total_units > 0 && report.allocated_units > 0 {
+        let _ = writeln!(
+            out,
+            "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
+            report.allocated_units,
+            report.total_units,
+            percent(report.allocated_units, report.total_units),
+            percent(report.fragmented_units, report.allocated_units),
+            percent(report.compressed_units, report.allocated_units)
+        );
+    }
+    if let Some(end) = report.image_end_offset.filter(|end| end.get() > 0) {
+        let _ = writeln!(out, "Image end offset: {end}");
+    }
+    out
+}
+
+fn percent(part: u64, whole: u64) -> f64 {
+    part as f64 * 100.0 / whole as f64
+}
+
+fn to_json(checked: &Checked) -> Json {
+    let report = &checked.report;
+    let mut pairs = vec![
+        ("filename", Json::text(&checked.filename)),
+        ("format", Json::text(checked.format.name())),
+        ("check-errors", Json::Int(report.check_errors)),
+    ];
+    let optional = [
+        (
+            "image-end-offset",
+            report.image_end_offset.map_or(0, |end| end.get()),
+        ),
+        ("corruptions", report.corruptions),
+        ("leaks", report.leaks),
+        ("corruptions-fixed", report.corruptions_fixed),
+        ("leaks-fixed", report.leaks_fixed),
+        ("total-clusters", report.total_units),
+        ("allocated-clusters", report.allocated_units),
+        ("fragmented-clusters", report.fragmented_units),
+        ("compressed-clusters", report.compressed_units),
+    ];
+    pairs.extend(
+        optional
+            .into_iter()
+            .filter(|(_, value)| *value > 0)
+            .map(|(key, value)| (key, Json::Int(value))),
+    );
+    Json::object(pairs)
+}

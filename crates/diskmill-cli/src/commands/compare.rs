@@ -1,0 +1,184 @@
+use std::ffi::OsString;
+
+use clap::Args;
+use diskmill::open;
+use diskmill::ops::compare::{CompareError, CompareOptions, Difference, Side, Verdict, run};
+use diskmill_core::Error;
+
+use super::{JsonArgs, NATIVE, Run, Source, TrustArgs, wants_json};
+use crate::error::{Failure, Frame};
+use crate::exit::Exit;
+use crate::json::Json;
+use crate::keyval;
+use crate::progress::{Progress, Style};
+use crate::ui::Ui;
+
+/// Tell whether two images hold the same
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Exit codes: 0 the same, 1 different, 2 not opened, 3 map not readable, 4 data not readable"
+)]
+pub struct CompareArgs {
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// Show progress
+    #[arg(short, long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
+    progress: Option<String>,
+    /// Format of the first image
+    #[arg(short = 'f', long, value_name = "FMT")]
+    a_format: Option<String>,
+    /// Format of the second image
+    #[arg(short = 'F', long, value_name = "FMT")]
+    b_format: Option<String>,
+    /// The file names are lists of options, not names
+    #[arg(long)]
+    image_opts: bool,
+    /// Sizes and what is allocated must be the same too
+    #[arg(short, long)]
+    strict: bool,
+    /// Cache mode of both images (default: writeback)
+    #[arg(short = 'T', long, value_name = "CACHE_MODE")]
+    cache: Option<String>,
+    /// Read them even while another process writes them
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// A secret or another object that options refer to
+    #[arg(long, value_name = "OBJDEF")]
+    object: Vec<String>,
+    /// The two images
+    #[arg(value_name = "FILENAME1 FILENAME2", value_hint = clap::ValueHint::FilePath)]
+    names: Vec<OsString>,
+    /// How to print: human (the default) or json
+    #[arg(long, value_name = "human|json", help_heading = NATIVE)]
+    output: Option<String>,
+    #[command(flatten)]
+    json: JsonArgs,
+    #[command(flatten)]
+    trust: TrustArgs,
+}
+
+impl Run for CompareArgs {
+    const NAME: &'static str = "compare";
+
+    fn run(self, ui: &Ui) -> Result<Exit, Failure> {
+        let [first, second] = self.names.as_slice() else {
+            let failure = Failure::usage_help("Expecting two image file names");
+            // 1 means "different"; the real tool says so here nevertheless.
+            return Err(failure.exit_with(if ui.drop_in() {
+                Exit::FAILED
+            } else {
+                Exit::COMPARE_OPEN
+            }));
+        };
+        self.compare(ui, first, second)
+    }
+}
+
+impl CompareArgs {
+    fn compare(&self, ui: &Ui, first: &OsString, second: &OsString) -> Result<Exit, Failure> {
+        let not_open = |failure: Failure| failure.exit_with(Exit::COMPARE_OPEN);
+        let json = wants_json(self.output.as_deref(), &self.json).map_err(not_open)?;
+        let style =
+            Style::choose(ui, self.quiet, self.progress.as_deref(), self.json.json).map_err(not_open)?;
+        keyval::objects(&self.object).map_err(not_open)?;
+        let open = |name: &OsString, format: Option<&str>| {
+            let source = Source {
+                format,
+                image_opts: self.image_opts,
+                share: self.force_share,
+                cache: self.cache.as_deref(),
+                snapshot: None,
+            };
+            let request = source.request(name, &self.trust, ui)?;
+            open::image(&request).map_err(|error| Failure::open(name, error))
+        };
+        let one = open(first, self.a_format.as_deref()).map_err(not_open)?;
+        let two = open(second, self.b_format.as_deref()).map_err(not_open)?;
+        let progress = Progress::begin(ui, style)?;
+        let options = CompareOptions {
+            strict: self.strict,
+            threads: 0,
+        };
+        let verdict = run(&one, &two, options, progress.job());
+        progress.signals().die_if_cancelled(&verdict);
+        let end = match verdict {
+            Ok(verdict) => self.tell(ui, &progress, verdict, json),
+            Err(error) => Err(failed(error, first, second)),
+        };
+        progress.end();
+        end
+    }
+
+    fn tell(&self, ui: &Ui, progress: &Progress, verdict: Verdict, json: bool) -> Result<Exit, Failure> {
+        if json {
+            ui.print(to_json(verdict).pretty())?;
+        } else if !self.quiet {
+            if verdict.sizes_differ && verdict.difference != Some(Difference::Size) {
+                ui.print("Warning: Image size mismatch!\n")?;
+            }
+            if verdict.difference.is_none() {
+                progress.complete();
+            }
+            ui.print(to_text(verdict))?;
+        }
+        Ok(match verdict.difference {
+            None => Exit::OK,
+            Some(_) => Exit::COMPARE_DIFFERS,
+        })
+    }
+}
+
+fn to_text(verdict: Verdict) -> String {
+    match verdict.difference {
+        None => "Images are identical.\n".to_owned(),
+        Some(Difference::Size) => "Strict mode: Image size mismatch!\n".to_owned(),
+        Some(Difference::Allocation { offset }) => {
+            format!("Strict mode: Offset {offset} block status mismatch!\n")
+        }
+        Some(Difference::Content { offset }) => format!("Content mismatch at offset {offset}!\n"),
+        Some(other) => format!("The images differ: {other:?}\n"),
+    }
+}
+
+fn to_json(verdict: Verdict) -> Json {
+    let mut pairs = vec![
+        ("identical", Json::Bool(verdict.difference.is_none())),
+        ("sizes-differ", Json::Bool(verdict.sizes_differ)),
+    ];
+    match verdict.difference {
+        Some(Difference::Size) => pairs.push(("difference", Json::text("size"))),
+        Some(Difference::Allocation { offset }) => {
+            pairs.push(("difference", Json::text("allocation")));
+            pairs.push(("offset", Json::Int(offset)));
+        }
+        Some(Difference::Content { offset }) => {
+            pairs.push(("difference", Json::text("content")));
+            pairs.push(("offset", Json::Int(offset)));
+        }
+        _ => {}
+    }
+    Json::ordered(pairs)
+}
+
+fn failed(error: Error, first: &OsString, second: &OsString) -> Failure {
+    let name = |side: Side| match side {
+        Side::First => first.to_string_lossy(),
+        Side::Second => second.to_string_lossy(),
+    };
+    let (frame, exit) = match error.find::<CompareError>() {
+        Some(CompareError::Map { side, offset, .. }) => (
+            Frame::Text(format!(
+                "Error while reading the map of {} at offset {offset}",
+                name(*side)
+            )),
+            Exit::COMPARE_MAP,
+        ),
+        Some(CompareError::Read { side, offset, .. }) => (
+            Frame::Text(format!("Error while reading offset {offset} of {}", name(*side))),
+            Exit::COMPARE_READ,
+        ),
+        _ => (Frame::Plain, Exit::COMPARE_READ),
+    };
+    Failure::library(error, frame).exit_with(exit)
+}

@@ -1,0 +1,385 @@
+use std::ffi::OsString;
+use std::num::NonZeroUsize;
+use std::time::Instant;
+
+use clap::Args;
+use diskmill::ops::convert::{ExistingImage, Input, NewImage, Output, Plan, Summary, run};
+use diskmill::spec::ImageSpec;
+use diskmill_core::{Compression, Durability};
+use diskmill_storage::CacheMode;
+
+use super::{JsonArgs, NATIVE, Run, Source, TrustArgs, creation_options, wants_json};
+use crate::error::{Failure, Frame};
+use crate::exit::Exit;
+use crate::json::Json;
+use crate::keyval;
+use crate::progress::{Progress, Style};
+use crate::ui::Ui;
+
+/// Copy images into a new one of any format
+#[derive(Args, Debug)]
+pub struct ConvertArgs {
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// Show progress
+    #[arg(short, long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
+    progress: Option<String>,
+    /// Format of the sources, instead of finding it out
+    #[arg(short = 'f', long, value_name = "SRC_FMT")]
+    source_format: Option<String>,
+    /// The sources are lists of options (driver=...,file.filename=...), not names
+    #[arg(long, alias = "image-opts")]
+    source_image_opts: bool,
+    /// Copy this snapshot inside the source
+    #[arg(short = 'l', long, alias = "snapshot", value_name = "SNAPSHOT_PARAMS")]
+    source_snapshot: Option<String>,
+    /// Cache mode of the sources (default: writeback)
+    #[arg(short = 'T', long, value_name = "SRC_CACHE")]
+    source_cache: Option<String>,
+    /// Format of the target (default: raw)
+    #[arg(short = 'O', long, alias = "output-format", value_name = "TGT_FMT")]
+    target_format: Option<String>,
+    /// The target is a list of options, not a name
+    #[arg(long)]
+    target_image_opts: bool,
+    /// Options of the target's format, name=value,...; 'list' shows them
+    #[arg(short, long, alias = "options", value_name = "TGT_OPTS")]
+    target_options: Vec<String>,
+    /// Compress the target's data
+    #[arg(short, long)]
+    compress: bool,
+    /// Cache mode of the target: all but unsafe make it durable
+    #[arg(short = 't', long, alias = "output-cache", value_name = "TGT_CACHE")]
+    target_cache: Option<String>,
+    /// Store only what differs from this image, and back the target by it
+    #[arg(short = 'B', long, value_name = "BACKING_FILENAME", value_hint = clap::ValueHint::FilePath)]
+    backing: Option<String>,
+    /// Format of the backing image
+    #[arg(short = 'F', long, value_name = "BACKING_FMT")]
+    backing_format: Option<String>,
+    /// Write into an image that exists already
+    #[arg(short, long)]
+    no_create: bool,
+    /// The existing target reads as zeros, so zeros need not be written
+    #[arg(long)]
+    target_is_zero: bool,
+    /// Leave out runs of zeros from this size on (default: 4k; 0 stores everything)
+    #[arg(short = 'S', long, value_name = "SPARSE_SIZE")]
+    sparse_size: Option<String>,
+    /// Copy dirty bitmaps too
+    #[arg(long)]
+    bitmaps: bool,
+    /// Leave out dirty bitmaps that are not in order
+    #[arg(long)]
+    skip_broken_bitmaps: bool,
+    /// Read the sources even while another process writes them
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// Write this many bytes a second at most
+    #[arg(short, long, value_name = "RATE")]
+    rate: Option<String>,
+    /// Threads to use at most, 1 to 16 (default: one for each core)
+    #[arg(short = 'm', long, value_name = "NUM")]
+    parallel: Option<String>,
+    /// Let the kernel copy data that need not be looked at
+    #[arg(short = 'C', long)]
+    copy_range_offloading: bool,
+    /// Store zeros for what cannot be read, and go on
+    #[arg(long)]
+    salvage: bool,
+    /// Taken for compatibility: data is written in parallel in any case
+    #[arg(short = 'W', long)]
+    oob_writes: bool,
+    /// A secret or another object that options refer to
+    #[arg(long, value_name = "OBJDEF")]
+    object: Vec<String>,
+    /// The images to copy, one behind the other, and the target; '-' is standard input or output
+    #[arg(value_name = "SRC_FILENAME... TGT_FILENAME", value_hint = clap::ValueHint::FilePath)]
+    names: Vec<OsString>,
+    /// How hard to compress: 1 to 12 for zlib, 1 to 22 for zstd
+    #[arg(long, value_name = "LEVEL", help_heading = NATIVE)]
+    compress_level: Option<i32>,
+    /// How to print the summary: human (the default) or json
+    #[arg(long, value_name = "human|json", help_heading = NATIVE)]
+    output: Option<String>,
+    #[command(flatten)]
+    json: JsonArgs,
+    #[command(flatten)]
+    trust: TrustArgs,
+}
+
+impl Run for ConvertArgs {
+    const NAME: &'static str = "convert";
+
+    fn run(self, ui: &Ui) -> Result<Exit, Failure> {
+        let json = wants_json(self.output.as_deref(), &self.json)?;
+        let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.json.json)?;
+        let format = self.target_format.as_deref().unwrap_or("raw");
+        let has_target = self.names.len() > 1;
+        let Some(options) = creation_options(ui, &self.target_options, format, has_target)? else {
+            return Ok(Exit::OK);
+        };
+        let settings = self.settings(options)?;
+        let (target, sources) = match self.names.split_last() {
+            Some((target, sources)) if !sources.is_empty() => (target, sources),
+            _ => return Err(Failure::usage("Must specify image file name")),
+        };
+        let plan = self.plan(ui, target, sources, format, settings)?;
+        let name = target.to_string_lossy();
+        let progress = Progress::begin(ui, style)?;
+        let began = Instant::now();
+        let summary = run(&plan, progress.job());
+        progress.signals().die_if_cancelled(&summary);
+        if summary.is_ok() {
+            progress.complete();
+        }
+        progress.end();
+        let summary = summary.map_err(|error| self.failed(error, target, sources, format))?;
+        if let (Some(why), false) = (&summary.in_place, ui.drop_in()) {
+            ui.warn(&format!("'{}' was written in place: {why}", ui.name(&name)));
+        }
+        if json && !matches!(plan.output, Output::Stdout) {
+            ui.print(to_json(&name, format, &summary, began).pretty())?;
+        }
+        Ok(Exit::OK)
+    }
+}
+
+/// What the options come to, apart from names.
+struct Settings {
+    options: diskmill_core::Options,
+    cache: Option<CacheMode>,
+    sparse: u64,
+    workers: Option<NonZeroUsize>,
+    rate: Option<u64>,
+    snapshot: Option<String>,
+}
+
+impl ConvertArgs {
+    /// Checks what can be checked without looking at files, in the order the real tool does.
+    fn settings(&self, options: diskmill_core::Options) -> Result<Settings, Failure> {
+        let snapshot = self
+            .source_snapshot
+            .as_deref()
+            .map(keyval::snapshot)
+            .transpose()?;
+        let sparse = match &self.sparse_size {
+            None => 4096,
+            Some(text) => sparse_size(text)?,
+        };
+        let workers = match &self.parallel {
+            None => None,
+            Some(text) => {
+                let number = keyval::number("number of coroutines", text, 1, 16)?;
+                usize::try_from(number).ok().and_then(NonZeroUsize::new)
+            }
+        };
+        let rate = match &self.rate {
+            None => None,
+            Some(text) => Some(keyval::bytes("rate limit", text)?).filter(|rate| *rate > 0),
+        };
+        keyval::objects(&self.object)?;
+        let conflict = [
+            (
+                self.skip_broken_bitmaps && !self.bitmaps,
+                "Use of --skip-broken-bitmaps requires --bitmaps",
+            ),
+            (
+                self.copy_range_offloading && self.sparse_size.is_some(),
+                "Cannot enable copy offloading when -S is used",
+            ),
+            (
+                self.copy_range_offloading && self.compress,
+                "Cannot enable copy offloading when -c is used",
+            ),
+            (
+                self.target_is_zero && !self.no_create,
+                "--target-is-zero requires use of -n flag",
+            ),
+            (
+                self.target_image_opts && !self.no_create,
+                "--target-image-opts requires use of -n flag",
+            ),
+            (
+                self.target_image_opts && self.target_format.is_some(),
+                "Cannot use --target-image-opts with -O",
+            ),
+            (
+                self.no_create && !options.is_empty(),
+                "-o has no effect when skipping image creation",
+            ),
+            (
+                self.backing.is_some() && self.backing_format.is_none() && !self.no_create,
+                "Use of backing file requires explicit backing format",
+            ),
+        ];
+        if let Some((_, text)) = conflict.into_iter().find(|(is_so, _)| *is_so) {
+            return Err(Failure::usage(text));
+        }
+        let cache = match &self.target_cache {
+            Some(mode) => Some(keyval::cache_mode("cache", mode)?),
+            None => None,
+        };
+        Ok(Settings {
+            cache,
+            options,
+            sparse,
+            workers,
+            rate,
+            snapshot,
+        })
+    }
+
+    fn plan(
+        &self,
+        ui: &Ui,
+        target: &OsString,
+        sources: &[OsString],
+        format: &str,
+        settings: Settings,
+    ) -> Result<Plan, Failure> {
+        let mut inputs = Vec::with_capacity(sources.len());
+        for name in sources {
+            inputs.push(self.input(ui, name, settings.snapshot.clone())?);
+        }
+        let output = self.output(ui, target, format, &settings)?;
+        let mut inputs = inputs.into_iter();
+        let Some(first) = inputs.next() else {
+            return Err(Failure::usage("Must specify image file name"));
+        };
+        let mut plan = Plan::new(first, output);
+        plan.inputs.extend(inputs);
+        plan.compress = (self.compress || self.compress_level.is_some()).then_some(Compression {
+            level: self.compress_level,
+        });
+        plan.sparse = settings.sparse;
+        plan.workers = settings.workers;
+        plan.offload = self.copy_range_offloading;
+        plan.salvage = self.salvage;
+        plan.rate = settings.rate;
+        plan.bitmaps = self.bitmaps;
+        plan.durability = match settings.cache {
+            Some(CacheMode::Unsafe) => Durability::None,
+            None if ui.drop_in() => Durability::None,
+            _ => Durability::Synced,
+        };
+        Ok(plan)
+    }
+
+    fn input(&self, ui: &Ui, name: &OsString, snapshot: Option<String>) -> Result<Input, Failure> {
+        if !ui.drop_in() && name == "-" {
+            return match self.source_format.as_deref() {
+                None | Some("raw") => Ok(Input::Stdin),
+                Some(format) => Err(Failure::usage(format!(
+                    "standard input can only be raw, since {format} needs to be read back and forth"
+                ))),
+            };
+        }
+        let source = Source {
+            format: self.source_format.as_deref(),
+            image_opts: self.source_image_opts,
+            share: self.force_share,
+            cache: self.source_cache.as_deref(),
+            snapshot,
+        };
+        let mut request = source.request(name, &self.trust, ui)?;
+        request.hold = true;
+        Ok(Input::Image(Box::new(request)))
+    }
+
+    fn output(
+        &self,
+        ui: &Ui,
+        target: &OsString,
+        format: &str,
+        settings: &Settings,
+    ) -> Result<Output, Failure> {
+        if !ui.drop_in() && target == "-" {
+            return match format {
+                "raw" => Ok(Output::Stdout),
+                format => Err(Failure::usage(format!(
+                    "standard output can only be raw, since {format} is not written from front to back"
+                ))),
+            };
+        }
+        if self.no_create {
+            let source = Source {
+                format: (!self.target_image_opts).then_some(format),
+                image_opts: self.target_image_opts,
+                ..Source::default()
+            };
+            let mut request = source.request(target, &self.trust, ui)?;
+            if let Some(cache) = settings.cache {
+                request.cache = cache;
+            }
+            let mut existing = ExistingImage::new(request);
+            existing.is_zero = self.target_is_zero;
+            existing.backing = self.backing.clone();
+            return Ok(Output::Existing(existing));
+        }
+        let spec = ImageSpec::from_name(target).map_err(|error| converting(error, target, format))?;
+        let mut new = NewImage::new(spec, format);
+        new.options = settings.options.clone();
+        new.backing = self.backing.clone();
+        new.backing_format = self.backing_format.clone();
+        Ok(Output::New(new))
+    }
+
+    /// Introduces an error by the file it is about, as the real tool does.
+    fn failed(
+        &self,
+        error: diskmill_core::Error,
+        target: &OsString,
+        sources: &[OsString],
+        format: &str,
+    ) -> Failure {
+        let path = error.context().path.clone();
+        let is = |name: &OsString| {
+            path.as_deref()
+                .is_some_and(|path| path == std::path::Path::new(name))
+        };
+        match (error.context().op, sources.iter().find(|name| is(name))) {
+            (Some("open"), Some(name)) => Failure::open(name, error),
+            (Some("open"), None) if self.no_create && is(target) => Failure::open(target, error),
+            _ if is(target) => converting(error, target, format),
+            _ => Failure::from(error),
+        }
+    }
+}
+
+fn converting(error: diskmill_core::Error, target: &OsString, format: &str) -> Failure {
+    let frame = Frame::Converting {
+        name: target.to_string_lossy().into_owned(),
+        format: format.to_owned(),
+    };
+    Failure::library(error, frame)
+}
+
+fn sparse_size(text: &str) -> Result<u64, Failure> {
+    const NAME: &str = "buffer size for sparse output";
+    let largest = 16 << 20;
+    match keyval::bytes(NAME, text)? {
+        size if size % 512 == 0 && size <= largest => Ok(size),
+        _ => Err(Failure::usage(format!(
+            "Invalid {NAME} specified. Valid sizes are multiples of 512 up to {largest}. Select 0 to disable sparse detection (fully allocates output)."
+        ))),
+    }
+}
+
+fn to_json(name: &str, format: &str, summary: &Summary, began: Instant) -> Json {
+    let seconds = (began.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
+    let mut pairs = vec![
+        ("filename", Json::text(name)),
+        ("format", Json::text(format)),
+        ("virtual-size", Json::Int(summary.virtual_size)),
+        ("bytes-read", Json::Int(summary.read)),
+        ("bytes-stored", Json::Int(summary.stored)),
+        ("threads", Json::Int(summary.workers as u64)),
+        ("seconds", Json::Real(seconds)),
+    ];
+    if let Some(why) = &summary.in_place {
+        pairs.push(("written-in-place", Json::text(why)));
+    }
+    Json::ordered(pairs)
+}

@@ -1,0 +1,144 @@
+use std::ffi::OsString;
+
+use clap::Args;
+use diskmill::open;
+use diskmill::ops::measure::{Source as Measured, run};
+use diskmill_core::{CreateSpec, Measure, OptionError};
+
+use super::{JsonArgs, Run, Source, TrustArgs, driver, wants_json};
+use crate::error::Failure;
+use crate::exit::Exit;
+use crate::json::Json;
+use crate::keyval::{self, OptionList};
+use crate::ui::Ui;
+
+/// Reckon how much space a new image would take
+#[derive(Args, Debug)]
+pub struct MeasureArgs {
+    /// Format of the new image (default: raw)
+    #[arg(short = 'O', long, value_name = "FMT")]
+    target_format: Option<String>,
+    /// Options of the new image
+    #[arg(short, long, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Measure an empty disk of this size
+    #[arg(short, long, value_name = "SIZE")]
+    size: Option<String>,
+    /// Format of FILENAME, instead of finding it out
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// FILENAME is a list of options (driver=...,file.filename=...), not a name
+    #[arg(long)]
+    image_opts: bool,
+    /// Measure this snapshot inside FILENAME
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    snapshot: Option<String>,
+    /// How to print: human (the default) or json
+    #[arg(long, value_name = "human|json")]
+    output: Option<String>,
+    /// Read it even while another process writes it
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// A secret or another object that options refer to
+    #[arg(long, value_name = "OBJDEF")]
+    object: Vec<String>,
+    /// Measure what converting this image would take
+    #[arg(value_name = "FILENAME", value_hint = clap::ValueHint::FilePath)]
+    names: Vec<OsString>,
+    #[command(flatten)]
+    json: JsonArgs,
+    #[command(flatten)]
+    trust: TrustArgs,
+}
+
+impl Run for MeasureArgs {
+    const NAME: &'static str = "measure";
+
+    fn run(self, ui: &Ui) -> Result<Exit, Failure> {
+        let json = wants_json(self.output.as_deref(), &self.json)?;
+        let size = match &self.size {
+            Some(text) => Some(keyval::bytes("image size", text)?),
+            None => None,
+        };
+        keyval::objects(&self.object)?;
+        let format = self.target_format.as_deref().unwrap_or("raw");
+        let measure = match (self.names.as_slice(), size) {
+            ([_, _, ..], _) => return Err(Failure::usage("At most one filename argument is allowed.")),
+            ([], _) if self.image_opts || self.format.is_some() || self.snapshot.is_some() => {
+                return Err(Failure::usage(
+                    "--image-opts, -f, and -l require a filename argument.",
+                ));
+            }
+            ([], None) => {
+                return Err(Failure::usage(
+                    "Either --size N or one filename must be specified.",
+                ));
+            }
+            ([_], Some(_)) => {
+                return Err(Failure::usage(
+                    "--size N cannot be used together with a filename.",
+                ));
+            }
+            ([], Some(size)) => self.measure(format, Measured::Size(size))?,
+            ([name], None) => {
+                let source = Source {
+                    format: self.format.as_deref(),
+                    image_opts: self.image_opts,
+                    share: self.force_share,
+                    cache: None,
+                    snapshot: self.snapshot.as_deref().map(keyval::snapshot).transpose()?,
+                };
+                let request = source.request(name, &self.trust, ui)?;
+                let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
+                self.measure(format, Measured::Image(&image))?
+            }
+        };
+        ui.print(if json {
+            to_json(measure).pretty()
+        } else {
+            to_text(measure)
+        })?;
+        Ok(Exit::OK)
+    }
+}
+
+impl MeasureArgs {
+    fn measure(&self, format: &str, source: Measured<'_>) -> Result<Measure, Failure> {
+        let driver = driver(format)?;
+        let OptionList::Pairs(options) = keyval::option_list(&self.options)? else {
+            return Err(Failure::usage(format!(
+                "Invalid parameter 'help'\nqemu-img: Invalid options for file format '{format}'"
+            )));
+        };
+        let mut spec = CreateSpec::default();
+        spec.options = options;
+        run(driver, &spec, source).map_err(|error| match error.find::<OptionError>() {
+            Some(OptionError::Unknown(name)) => Failure::usage(format!(
+                "Invalid parameter '{name}'\nqemu-img: Invalid options for file format '{format}'"
+            )),
+            _ => Failure::from(error),
+        })
+    }
+}
+
+fn to_text(measure: Measure) -> String {
+    let mut out = format!(
+        "required size: {}\nfully allocated size: {}\n",
+        measure.required, measure.fully_allocated
+    );
+    if let Some(bitmaps) = measure.bitmaps {
+        out.push_str(&format!("bitmaps size: {bitmaps}\n"));
+    }
+    out
+}
+
+fn to_json(measure: Measure) -> Json {
+    let mut pairs = vec![
+        ("required", Json::Int(measure.required)),
+        ("fully-allocated", Json::Int(measure.fully_allocated)),
+    ];
+    if let Some(bitmaps) = measure.bitmaps {
+        pairs.push(("bitmaps", Json::Int(bitmaps)));
+    }
+    Json::object(pairs)
+}

@@ -1,0 +1,257 @@
+//! One file a command: what it takes, and how it asks the library.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{ArgMatches, Args, Command};
+use diskmill::open::OpenRequest;
+use diskmill::policy::References;
+use diskmill::spec::ImageSpec;
+use diskmill_core::Options;
+
+use crate::error::Failure;
+use crate::exit::Exit;
+use crate::keyval;
+use crate::ui::{Mode, Ui};
+
+mod check;
+mod compare;
+mod completions;
+mod convert;
+mod create;
+mod demo;
+mod info;
+mod man;
+mod map;
+mod measure;
+mod resize;
+
+/// The heading of options that `qemu-img` does not have; under its name they do not exist.
+pub const NATIVE: &str = "Diskmill options";
+
+/// A command: its options, from which help, manual page and completions are made too, and what it does.
+pub trait Run: Args {
+    /// Its name.
+    const NAME: &'static str;
+    /// Whether a word such as `-1G` is a value rather than an option.
+    const NEGATIVE: bool = false;
+
+    /// Does it.
+    fn run(self, ui: &Ui) -> Result<Exit, Failure>;
+}
+
+/// A command, by name.
+pub struct Spec {
+    /// Its name.
+    pub name: &'static str,
+    /// Whether a word such as `-1G` is a value rather than an option.
+    pub negative: bool,
+    /// Whether `qemu-img` has it too.
+    pub shared: bool,
+    define: fn(Command) -> Command,
+    run: fn(&ArgMatches, &Ui) -> Result<Exit, Failure>,
+}
+
+impl Spec {
+    const fn of<R: Run>(shared: bool) -> Self {
+        Self {
+            name: R::NAME,
+            negative: R::NEGATIVE,
+            shared,
+            define: R::augment_args,
+            run: |matches, ui| {
+                let args = R::from_arg_matches(matches).map_err(|error| Failure::usage(error.to_string()))?;
+                args.run(ui)
+            },
+        }
+    }
+
+    /// Its clap definition.
+    pub fn definition(&self) -> Command {
+        (self.define)(Command::new(self.name))
+            .infer_long_args(true)
+            .args_override_self(true)
+    }
+
+    /// Runs it with what clap has read.
+    pub fn run(&self, matches: &ArgMatches, ui: &Ui) -> Result<Exit, Failure> {
+        (self.run)(matches, ui)
+    }
+}
+
+/// All commands, in the order of the help.
+pub static COMMANDS: [Spec; 11] = [
+    Spec::of::<create::CreateArgs>(true),
+    Spec::of::<info::InfoArgs>(true),
+    Spec::of::<convert::ConvertArgs>(true),
+    Spec::of::<check::CheckArgs>(true),
+    Spec::of::<map::MapArgs>(true),
+    Spec::of::<measure::MeasureArgs>(true),
+    Spec::of::<compare::CompareArgs>(true),
+    Spec::of::<resize::ResizeArgs>(true),
+    Spec::of::<demo::DemoArgs>(false),
+    Spec::of::<completions::CompletionsArgs>(false),
+    Spec::of::<man::ManArgs>(false),
+];
+
+/// Commands of `qemu-img` that are known by name only.
+pub const LATER: [(&str, &str); 7] = [
+    ("amend", "Change options of an existing image (not supported yet)"),
+    ("bench", "Measure the speed of an image (not supported yet)"),
+    ("bitmap", "Change dirty bitmaps of an image (not supported yet)"),
+    (
+        "commit",
+        "Merge an overlay into its backing image (not supported yet)",
+    ),
+    ("dd", "Copy a part of an image (not supported yet)"),
+    (
+        "rebase",
+        "Change the backing image of an image (not supported yet)",
+    ),
+    ("snapshot", "Manage snapshots inside an image (not supported yet)"),
+];
+
+/// The command called `name`.
+pub fn find(name: &str) -> Option<&'static Spec> {
+    COMMANDS.iter().find(|spec| spec.name == name)
+}
+
+/// Names and descriptions of what `qemu-img` can do, sorted.
+pub fn qemu_img_commands() -> Vec<(&'static str, String)> {
+    let mut all: Vec<_> = COMMANDS
+        .iter()
+        .filter(|spec| spec.shared)
+        .map(|spec| {
+            let about = spec.definition().get_about().map(ToString::to_string);
+            (spec.name, about.unwrap_or_default())
+        })
+        .chain(LATER.iter().map(|(name, about)| (*name, (*about).to_owned())))
+        .collect();
+    all.sort_unstable();
+    all
+}
+
+/// The whole program, for help, manual page and completions.
+pub fn program() -> Command {
+    Command::new("diskmill")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Makes, converts, inspects and checks disk images")
+        .after_help(
+            "'diskmill qemu-img ...', or a link to diskmill called qemu-img, behaves as qemu-img does.",
+        )
+        .subcommand_required(true)
+        .subcommands(COMMANDS.iter().map(Spec::definition))
+}
+
+/// What may be read beside the image that was named.
+#[derive(Args, Clone, Debug)]
+pub struct TrustArgs {
+    /// Follow names inside images into this directory too (default: only beneath the image's own directory)
+    #[arg(long, value_name = "DIR", value_hint = clap::ValueHint::DirPath, help_heading = NATIVE)]
+    pub allow_ref: Vec<PathBuf>,
+    /// Trust nothing an image says: follow no name in it except into --allow-ref (also: DISKMILL_UNTRUSTED=1)
+    #[arg(long, help_heading = NATIVE)]
+    pub untrusted: bool,
+}
+
+impl TrustArgs {
+    /// The policy they come to.
+    pub fn policy(&self, ui: &Ui) -> References {
+        let allow = self.allow_ref.clone();
+        let untrusted = || std::env::var_os("DISKMILL_UNTRUSTED").is_some_and(|value| value == "1");
+        match ui.mode {
+            Mode::DropIn => References::Any,
+            Mode::Native if self.untrusted || untrusted() => References::None { allow },
+            Mode::Native => References::Beneath { allow },
+        }
+    }
+}
+
+/// How results are printed.
+#[derive(Args, Clone, Debug)]
+pub struct JsonArgs {
+    /// JSON results on standard output, and where there is progress, JSON events on standard error
+    #[arg(long, help_heading = NATIVE)]
+    pub json: bool,
+}
+
+/// Whether results are JSON, from `--output` and `--json`.
+pub fn wants_json(output: Option<&str>, json: &JsonArgs) -> Result<bool, Failure> {
+    match output {
+        _ if json.json => Ok(true),
+        None | Some("human") => Ok(false),
+        Some("json") => Ok(true),
+        Some(other) => Err(Failure::usage_help(format!(
+            "--output expects 'human' or 'json' not '{other}'"
+        ))),
+    }
+}
+
+/// How one image to open is described on the command line.
+#[derive(Clone, Debug, Default)]
+pub struct Source<'a> {
+    /// `-f`.
+    pub format: Option<&'a str>,
+    /// `--image-opts`.
+    pub image_opts: bool,
+    /// `-U`.
+    pub share: bool,
+    /// `-T`.
+    pub cache: Option<&'a str>,
+    /// `-l`.
+    pub snapshot: Option<String>,
+}
+
+impl Source<'_> {
+    /// The request to open `name`.
+    pub fn request(&self, name: &OsString, trust: &TrustArgs, ui: &Ui) -> Result<OpenRequest, Failure> {
+        let spec = self.spec(name)?;
+        let mut request = OpenRequest::new(spec);
+        if let Some(mode) = self.cache {
+            request.cache = keyval::cache_mode("source cache", mode)?;
+        }
+        request.format = self.format.map(str::to_owned);
+        request.share = self.share;
+        request.policy = trust.policy(ui);
+        request.snapshot = self.snapshot.clone();
+        Ok(request)
+    }
+
+    fn spec(&self, name: &OsString) -> Result<ImageSpec, Failure> {
+        if self.image_opts && self.format.is_some() {
+            return Err(Failure::usage("--image-opts and --format are mutually exclusive"));
+        }
+        let spec = if self.image_opts {
+            let text = name
+                .to_str()
+                .ok_or_else(|| Failure::usage(format!("'{}' is not UTF-8", name.to_string_lossy())))?;
+            ImageSpec::from_options(text)
+        } else {
+            ImageSpec::from_name(name)
+        };
+        spec.map_err(|error| Failure::open(name, error))
+    }
+}
+
+/// The options given to `-o`, or `None` once help has been printed instead.
+pub fn creation_options(
+    ui: &Ui,
+    given: &[String],
+    format: &str,
+    target: bool,
+) -> Result<Option<Options>, Failure> {
+    match keyval::option_list(given)? {
+        keyval::OptionList::Pairs(options) => Ok(Some(options)),
+        keyval::OptionList::Help => {
+            let driver = driver(format)?;
+            keyval::print_options(ui, driver, target)?;
+            Ok(None)
+        }
+    }
+}
+
+/// The driver of the format called `name`.
+pub fn driver(name: &str) -> Result<&'static dyn diskmill_core::Driver, Failure> {
+    diskmill_formats::registry::by_name(name)
+        .ok_or_else(|| Failure::usage(format!("Unknown file format '{name}'")))
+}

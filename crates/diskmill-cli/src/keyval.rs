@@ -1,0 +1,188 @@
+//! Values on the command line: numbers, option lists, objects.
+
+use std::fmt::Write as _;
+
+use diskmill_core::{Driver, OptionKind, Options, parse_size};
+use diskmill_storage::CacheMode;
+
+use crate::error::Failure;
+use crate::ui::Ui;
+
+/// A number of bytes (or of anything) from `min` to `max`, called `name` in messages.
+pub fn number(name: &str, text: &str, min: u64, max: u64) -> Result<u64, Failure> {
+    match parse_size(text) {
+        Some(value) if (min..=max).contains(&value) => Ok(value),
+        None if !is_out_of_reach(text) => Err(Failure::usage(format!("Invalid {name} specified: '{text}'."))),
+        _ => Err(Failure::usage(format!(
+            "Invalid {name} specified. Must be between {min} and {max}."
+        ))),
+    }
+}
+
+/// A size or offset in bytes.
+pub fn bytes(name: &str, text: &str) -> Result<u64, Failure> {
+    number(name, text, 0, i64::MAX as u64)
+}
+
+/// Whether `text` is a number, only too large or below zero.
+fn is_out_of_reach(text: &str) -> bool {
+    let digits = text.strip_prefix('-').unwrap_or(text);
+    let digits = digits
+        .strip_suffix(|c: char| "bkKmMgGtTpPeE".contains(c))
+        .unwrap_or(digits);
+    !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_digit())
+}
+
+/// What repeated `-o` options come to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum OptionList {
+    /// `-o help`: the options are asked for, not given.
+    Help,
+    /// `name=value` pairs.
+    Pairs(Options),
+}
+
+/// Joins what was given to repeated `-o`.
+pub fn option_list(given: &[String]) -> Result<OptionList, Failure> {
+    let mut options = Options::new();
+    for text in given {
+        if text.split(',').any(|word| matches!(word, "help" | "?")) || text == "list" {
+            return Ok(OptionList::Help);
+        }
+        // A comma at an end would run into the next list.
+        if text.is_empty() || text.starts_with(',') || (text.ends_with(',') && !text.ends_with(",,")) {
+            return Err(Failure::usage(format!("Invalid option list: {text}")));
+        }
+        options.parse_more(text);
+    }
+    Ok(OptionList::Pairs(options))
+}
+
+/// Prints what `-o` can set for a format. With `target`, also what the file it is put in understands.
+pub fn print_options(ui: &Ui, driver: &dyn Driver, target: bool) -> Result<(), Failure> {
+    let name = driver.format().name();
+    let mut lines: Vec<(&str, OptionKind, &str)> = driver
+        .options()
+        .iter()
+        .map(|spec| (spec.name, spec.kind, spec.help))
+        .collect();
+    lines.push(("size", OptionKind::Size, "size of the virtual disk"));
+    if target {
+        lines.push(("nocow", OptionKind::Bool, "no copy-on-write for the file (btrfs)"));
+        lines.push((
+            "extent_size_hint",
+            OptionKind::Size,
+            "hint for the size of the file's extents, 0 for none",
+        ));
+    } else {
+        lines.retain(|(name, ..)| !matches!(*name, "nocow" | "extent_size_hint"));
+    }
+    lines.sort_by_key(|(name, ..)| *name);
+    lines.dedup_by_key(|(name, ..)| *name);
+    let mut out = if target {
+        String::from("Supported options:\n")
+    } else {
+        format!("Supported {name} options:\n")
+    };
+    for (name, kind, help) in lines {
+        let kind = match kind {
+            OptionKind::Bool => "bool (on/off)",
+            OptionKind::Size => "size",
+            OptionKind::Number => "num",
+            _ => "str",
+        };
+        // A String takes whatever is written to it.
+        let _ = writeln!(out, "  {:<22} - {help}", format!("{name}=<{kind}>"));
+    }
+    if !target {
+        out.push_str("\nThe file may know more options: they are listed if its name is given too.\n");
+    }
+    ui.print(out)
+}
+
+/// Checks `--object` arguments. Secrets are taken, since callers pass them beside images that need none.
+pub fn objects(given: &[String]) -> Result<(), Failure> {
+    for text in given {
+        let options = Options::parse(text);
+        let kind = match options.text("qom-type") {
+            Some(kind) => kind,
+            None => text.split(',').next().unwrap_or_default(),
+        };
+        if !matches!(
+            kind,
+            "secret" | "tls-creds-x509" | "tls-creds-psk" | "tls-creds-anon" | "authz-simple" | "iothread"
+        ) {
+            return Err(Failure::usage(format!(
+                "Parameter 'qom-type' does not accept value '{kind}'"
+            )));
+        }
+        if options.text("id").is_none() {
+            return Err(Failure::usage("Parameter 'id' is missing"));
+        }
+    }
+    Ok(())
+}
+
+/// The cache mode called `mode`. `what` is "cache" or "source cache".
+pub fn cache_mode(what: &str, mode: &str) -> Result<CacheMode, Failure> {
+    CacheMode::parse(mode).ok_or_else(|| Failure::usage(format!("Invalid {what} option: {mode}")))
+}
+
+/// The snapshot `-l` means: a name or id alone, or `snapshot.name=` and `snapshot.id=`.
+pub fn snapshot(text: &str) -> Result<String, Failure> {
+    if !text.starts_with("snapshot.") {
+        return Ok(text.to_owned());
+    }
+    let mut options = Options::parse(text);
+    let id = options.take("snapshot.id");
+    let name = options.take("snapshot.name");
+    if let Some((unknown, _)) = options.iter().next() {
+        return Err(Failure::usage(format!("Invalid parameter '{unknown}'")));
+    }
+    id.or(name)
+        .ok_or_else(|| Failure::usage(format!("Failed in parsing snapshot param '{text}'")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn option_lists_join_and_help_is_found_anywhere() {
+        let given = ["a=1,b".to_owned(), "c=x,,y".to_owned()];
+        let OptionList::Pairs(options) = option_list(&given).unwrap() else {
+            panic!("help was not asked for");
+        };
+        let pairs: Vec<_> = options.iter().collect();
+        assert_eq!(pairs, [("a", "1"), ("b", "on"), ("c", "x,y")]);
+        for help in ["help", "?", "list", "a=1,help", "?,b"] {
+            assert_eq!(
+                option_list(&[help.to_owned()]).unwrap(),
+                OptionList::Help,
+                "{help}"
+            );
+        }
+        for bad in ["", ",", "a=1,", ",a"] {
+            assert!(option_list(&[bad.to_owned()]).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_too_large_are_told_from_nonsense() {
+        assert!(is_out_of_reach("-1"));
+        assert!(is_out_of_reach("99999999999999999999999"));
+        assert!(is_out_of_reach("16E"));
+        assert!(!is_out_of_reach("10kb"));
+        assert!(!is_out_of_reach("1e6"));
+        assert_eq!(number("n", "16", 1, 16).unwrap(), 16);
+        assert!(number("n", "17", 1, 16).is_err());
+    }
+
+    #[test]
+    fn snapshots_are_named_or_numbered() {
+        assert_eq!(snapshot("one").unwrap(), "one");
+        assert_eq!(snapshot("snapshot.name=one").unwrap(), "one");
+        assert_eq!(snapshot("snapshot.id=1,snapshot.name=one").unwrap(), "1");
+        assert!(snapshot("snapshot.bogus=1").is_err());
+    }
+}
