@@ -175,11 +175,11 @@ impl Refcounts {
             fence.file().read_padded(HostOffset::new(at), &mut bytes)?;
             self.insert(fence, index, at, bytes, 0..0)?;
         }
-        let block = self.blocks.get_mut(&index);
-        Ok(block.map(|block| {
-            block.used = clock;
-            block
-        }))
+        let Some(block) = self.blocks.get_mut(&index) else {
+            return Ok(None);
+        };
+        block.used = clock;
+        Ok(Some(block))
     }
 
     fn insert(
