@@ -882,3 +882,6 @@ fn read_v2(bytes: &[u8]) -> Result<(RawHeaderV2, &[u8]), HeaderError> {
 
 const _: () = assert!(size_of::<RawHeaderV2>() == V2_HEADER_LEN as usize);
 const _: () = assert!(V3_HEADER_LEN == V3_HEADER_MIN + 8);
+
+#[cfg(test)]
+mod tests;

@@ -416,7 +416,7 @@ impl Subclusters {
     pub const fn run(self, from: u32) -> (SubclusterKind, u32) {
         let from = from & 31;
         let allocated = ((self.0 & 0xffff_ffff) as u32) >> from;
-        let zero = ((self.0 >> 32) as u32) >> from;
+        let zero = (((self.0 >> 32) as u32) >> from) & !allocated;
         let same = if allocated & 1 != 0 {
             allocated
         } else if zero & 1 != 0 {
@@ -442,3 +442,6 @@ impl Subclusters {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

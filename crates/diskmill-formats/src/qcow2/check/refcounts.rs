@@ -48,7 +48,6 @@ impl Check<'_> {
             let block = self.block(at, index as u64, u64::from_be_bytes(*entry));
             disk.blocks.push(block);
         }
-        self.shared_blocks(&disk);
         self.compare(&mut disk)?;
         Ok(disk)
     }
@@ -56,7 +55,8 @@ impl Check<'_> {
     /// Counts the reference of an entry of the refcount table.
     fn block(&mut self, table: HostOffset, index: u64, entry: u64) -> Block {
         let entry_at = table.saturating_add(index.saturating_mul(8));
-        if entry & REFCOUNT_TABLE_RESERVED != 0 {
+        let reserved = entry & REFCOUNT_TABLE_RESERVED;
+        if reserved != 0 {
             self.corruption(1, entry_at, None, || {
                 format!("refcount table entry {index} is {entry:#018x}, reserved bits are set")
             });
@@ -71,22 +71,16 @@ impl Check<'_> {
             });
             return Block::Bad;
         }
-        if at.get() >> self.header.cluster_bits.get() >= self.clusters {
+        if reserved == 0 && at.get() >> self.header.cluster_bits.get() >= self.clusters {
             let file_len = self.file_len;
             self.corruption(1, entry_at, None, || {
                 format!("refcount block {index} at {at:#x} lies past the end of the file at {file_len:#x}")
             });
             return Block::None;
         }
-        self.refer("refcount block", at, self.cluster_size, 1, None);
-        Block::At(at)
-    }
-
-    fn shared_blocks(&mut self, disk: &Disk) {
-        for (index, block) in disk.blocks.iter().enumerate() {
-            let Block::At(at) = *block else {
-                continue;
-            };
+        // What has reserved bits is read all the same, but not trusted to own its block: repair will replace it.
+        if reserved == 0 {
+            self.refer("refcount block", at, self.cluster_size, 1, None);
             let references = self.references.get(at.get() >> self.header.cluster_bits.get());
             if references != 1 {
                 self.corruption(1, at, None, || {
@@ -94,6 +88,7 @@ impl Check<'_> {
                 });
             }
         }
+        Block::At(at)
     }
 
     fn compare(&mut self, disk: &mut Disk) -> Result<()> {
@@ -116,7 +111,7 @@ impl Check<'_> {
             let at = match *block {
                 Block::At(at) if !self.is_hole(at, self.cluster_size) => at,
                 Block::Bad => {
-                    self.find(FindingKind::Error, 1, None, None, || {
+                    self.find(FindingKind::Error, end.saturating_sub(first), None, None, || {
                         format!(
                             "the refcounts of clusters {first} to {} cannot be read",
                             end.saturating_sub(1)

@@ -1,0 +1,394 @@
+//! Images made to do harm: each is refused with a text that names the field, the value and the allowed range, or
+//! read as what it says, without effort out of proportion.
+
+mod support;
+
+use std::path::PathBuf;
+
+use diskmill_core::{ErrorKind, GuestOffset, OpenSpec};
+use diskmill_testkit::scratch::{self, patch, peek};
+use diskmill_testkit::{Scratch, oracle};
+use support::{check, layer, text};
+
+/// An image of 1 GiB with data in its first MiB, to be tampered with.
+struct Victim {
+    _dir: Scratch,
+    path: PathBuf,
+}
+
+impl Victim {
+    fn new(options: &str) -> Self {
+        let dir = Scratch::new();
+        let path = dir.join("victim.qcow2");
+        oracle::create(&path, "qcow2", options, "1G");
+        oracle::io(&path, "qcow2", ["write -P 1 0 1M"]);
+        Self { _dir: dir, path }
+    }
+
+    fn compressed(kind: &str) -> Self {
+        let victim = Self::new("");
+        let source = victim.path.with_extension("raw");
+        std::fs::write(&source, vec![b'a'; 1 << 20]).unwrap();
+        let option = format!("compression_type={kind}");
+        oracle::convert(["-c", "-o", &option], &source, "raw", &victim.path, "qcow2");
+        victim
+    }
+
+    fn u64(&self, at: u64) -> u64 {
+        u64::from_be_bytes(peek(&self.path, at, 8).try_into().unwrap())
+    }
+
+    fn set(&self, at: u64, value: u64) {
+        patch(&self.path, at, &value.to_be_bytes());
+    }
+
+    fn l1(&self) -> u64 {
+        self.u64(40)
+    }
+
+    fn l2(&self) -> u64 {
+        self.u64(self.l1()) & 0x00ff_ffff_ffff_fe00
+    }
+
+    /// What opening and reading the first cluster fails with.
+    fn trouble(&self) -> String {
+        let layer = match layer(&self.path, "qcow2", &OpenSpec::default()) {
+            Ok(layer) => layer,
+            Err(error) => return text(&error),
+        };
+        let read = layer
+            .map(GuestOffset::ZERO, 512)
+            .and_then(|_| layer.read_at(GuestOffset::ZERO, &mut [0; 512]));
+        match read {
+            Ok(()) => panic!("it reads"),
+            Err(error) => text(&error),
+        }
+    }
+
+    fn assert_trouble(&self, expected: &str) {
+        let found = self.trouble();
+        assert!(found.contains(expected), "{found}\n{expected}");
+    }
+}
+
+#[test]
+fn table_entries_off_a_cluster_or_past_the_end_are_refused() {
+    for (damage, expected) in [
+        (
+            (|v| v.set(v.l1(), v.u64(v.l1()) | 0x200)) as fn(&Victim),
+            "l2 table offset is 0x40200, must be a multiple of the cluster size 65536",
+        ),
+        (
+            |v| v.set(v.l1(), 0x8000_0000_4000_0000),
+            "l2 table at 0x40000000 with 65536 bytes runs past the end of the file at 0x150000",
+        ),
+        (
+            |v| v.set(v.l2(), v.u64(v.l2()) | 0x200),
+            "cluster offset is 0x50200, must be a multiple of the cluster size 65536",
+        ),
+        (
+            |v| v.set(v.l2(), 0x8000_0000_4000_0000),
+            "data cluster at 0x40000000 with 65536 bytes runs past the end of the file at 0x150000",
+        ),
+        (
+            |v| v.set(v.l2(), 0x4000_0000_4000_0000),
+            "compressed cluster at 0x40000000 with 512 bytes runs past the end of the file at 0x150000",
+        ),
+        (
+            |v| v.set(40, 0x4000_0000),
+            "active l1 table at 0x40000000 with 16 bytes runs past the end of the file at 0x150000",
+        ),
+        (
+            |v| v.set(48, 0x4000_0000),
+            "refcount table at 0x40000000 with 65536 bytes runs past the end of the file at 0x150000",
+        ),
+        (
+            |v| patch(&v.path, 56, &[0; 4]),
+            "refcount_table_clusters is 0, must be at least 1",
+        ),
+    ] {
+        let victim = Victim::new("");
+        damage(&victim);
+        victim.assert_trouble(expected);
+        // A check is not put off by any of them.
+        assert!(check(&victim.path).unwrap().corruptions > 0);
+    }
+}
+
+#[test]
+fn an_l1_table_of_the_largest_size_must_be_in_the_file() {
+    let victim = Victim::new("");
+    patch(&victim.path, 36, &4_194_304_u32.to_be_bytes());
+    victim.assert_trouble("active l1 table at 0x30000 with 33554432 bytes runs past the end of the file");
+}
+
+#[test]
+fn the_zero_flag_is_refused_in_version_2() {
+    let victim = Victim::new("compat=0.10");
+    victim.set(victim.l2(), 1);
+    victim.assert_trouble("l2 entry is 0x0000000000000001, bit 0 must be 0 in version 2");
+}
+
+#[test]
+fn contradicting_subclusters_are_refused() {
+    let victim = Victim::new("extended_l2=on");
+    victim.set(victim.l2() + 8, 0x1_0000_0001);
+    victim.assert_trouble("no subcluster may be allocated and zero at once");
+    victim.set(victim.l2() + 8, 0x1);
+    victim.set(victim.l2(), 0);
+    victim.assert_trouble("the lower half must be 0 in a cluster without offset");
+}
+
+#[test]
+fn data_files_that_do_not_map_one_to_one_are_refused() {
+    let dir = Scratch::new();
+    let path = dir.join("victim.qcow2");
+    let data = dir.join("victim.data");
+    oracle::create(&path, "qcow2", &format!("data_file={}", data.display()), "1G");
+    oracle::io(&path, "qcow2", ["write -P 1 0 1M"]);
+    let victim = Victim { _dir: dir, path };
+    victim.set(victim.l2(), 0x8000_0000_0001_0000);
+    victim.assert_trouble("l2 entry points to 0x10000 of the external data file, must be 0x0");
+    victim.set(victim.l2(), 0x4000_0000_0001_0000);
+    victim.assert_trouble("bit 62 must be 0 with an external data file");
+}
+
+#[test]
+fn an_l2_table_that_is_an_l1_table_ends_nothing() {
+    let victim = Victim::new("");
+    victim.set(victim.l1(), victim.l1() | 1 << 63);
+    let layer = layer(&victim.path, "qcow2", &OpenSpec::default()).unwrap();
+    let mut at = 0;
+    while at < layer.virtual_size() {
+        at += layer.map(GuestOffset::new(at), u64::MAX).unwrap().len;
+    }
+}
+
+#[test]
+fn compressed_garbage_is_an_error_in_both_codecs() {
+    for (kind, expected) in [("zlib", "the deflate stream"), ("zstd", "the zstd stream")] {
+        let victim = Victim::compressed(kind);
+        let place = victim.u64(victim.l2()) & 0x00ff_ffff_ffff_ffff;
+        patch(&victim.path, place, &[0xff; 64]);
+        victim.assert_trouble(expected);
+    }
+}
+
+#[test]
+fn a_stream_with_a_zlib_header_is_refused() {
+    let victim = Victim::compressed("zlib");
+    let place = victim.u64(victim.l2()) & 0x00ff_ffff_ffff_ffff;
+    patch(&victim.path, place, &[0x78, 0x9c]);
+    victim.assert_trouble("the deflate stream");
+}
+
+#[test]
+fn encryption_and_internal_snapshots_are_refused_by_name() {
+    let victim = Victim::new("");
+    patch(&victim.path, 32, &1_u32.to_be_bytes());
+    victim.assert_trouble("encryption (AES) of qcow2 images");
+    let victim = Victim::new("");
+    oracle::qemu_img()
+        .args(["snapshot", "-c", "one"])
+        .arg(&victim.path)
+        .ok();
+    let mut how = OpenSpec::default();
+    how.snapshot = Some("one".to_owned());
+    let error = layer(&victim.path, "qcow2", &how).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(text(&error).contains("internal snapshot"), "{error:?}");
+}
+
+#[test]
+fn unknown_options_are_refused_by_name() {
+    let victim = Victim::new("");
+    let mut how = OpenSpec::default();
+    how.options.set("l2-cache-size", "1M");
+    layer(&victim.path, "qcow2", &how).unwrap();
+    how.options.set("offset", "512");
+    let error = layer(&victim.path, "qcow2", &how).unwrap_err();
+    assert!(text(&error).contains("invalid parameter 'offset'"), "{error:?}");
+}
+
+#[test]
+fn snapshot_tables_are_checked() {
+    let snapped = || {
+        let victim = Victim::new("");
+        oracle::qemu_img()
+            .args(["snapshot", "-c", "one"])
+            .arg(&victim.path)
+            .ok();
+        victim
+    };
+    let victim = snapped();
+    let table = victim.u64(64);
+    patch(&victim.path, table + 36, &1025_u32.to_be_bytes());
+    victim.assert_trouble("snapshot 0 has 1025 bytes of extra data, must be 16 to 1024");
+    assert!(check(&victim.path).unwrap().corruptions > 0);
+    patch(&victim.path, table + 36, &8_u32.to_be_bytes());
+    victim.assert_trouble("snapshot 0 has 8 bytes of extra data, must be 16 to 1024");
+    patch(&victim.path, table + 36, &24_u32.to_be_bytes());
+    victim.set(64, 0x4000_0000);
+    victim.assert_trouble("snapshot table entry 0 of 1 at 0x40000000 runs past the end of the file");
+    assert!(check(&victim.path).unwrap().corruptions > 0);
+
+    let victim = snapped();
+    patch(&victim.path, 60, &65_536_u32.to_be_bytes());
+    victim.assert_trouble("snapshot table entry");
+
+    // A snapshot's own table is for those who use the snapshot; a check counts it.
+    let victim = snapped();
+    let table = victim.u64(64);
+    victim.set(table, 0x4000_0000);
+    layer(&victim.path, "qcow2", &OpenSpec::default()).unwrap();
+    assert!(check(&victim.path).unwrap().corruptions > 0);
+    victim.set(table, 0x1234);
+    assert!(check(&victim.path).unwrap().corruptions > 0);
+    victim.set(table, victim.l1());
+    patch(&victim.path, table + 8, &u32::MAX.to_be_bytes());
+    assert!(check(&victim.path).unwrap().corruptions > 0);
+}
+
+#[test]
+fn callers_can_allow_less() {
+    let victim = Victim::new("");
+    oracle::qemu_img()
+        .args(["snapshot", "-c", "one"])
+        .arg(&victim.path)
+        .ok();
+    let mut how = OpenSpec::default();
+    how.limits.snapshots = 0;
+    let error = layer(&victim.path, "qcow2", &how).unwrap_err();
+    assert!(
+        text(&error).contains("nb_snapshots is 1, must be at most 0"),
+        "{error:?}"
+    );
+    let mut how = OpenSpec::default();
+    how.limits.snapshot_table_bytes = 32;
+    let error = layer(&victim.path, "qcow2", &how).unwrap_err();
+    assert!(
+        text(&error).contains("snapshot table has more than 32 bytes"),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn bitmap_directories_are_checked() {
+    for (at, change, expected) in [
+        (
+            0,
+            &0x1_0200_u64.to_be_bytes()[..],
+            "bitmap_table_offset is 66048, must be a multiple",
+        ),
+        (0, &[0; 8], "bitmap_table_offset is 0, must be a multiple"),
+        (8, &[0; 4], "bitmap_table_size is 0, must be 1 to 134217728"),
+        (
+            8,
+            &[0xff; 4],
+            "bitmap_table_size is 4294967295, must be 1 to 134217728",
+        ),
+        (
+            8,
+            &0x10_0000_u32.to_be_bytes(),
+            "bitmap_table_size is 1048576, must be at most 512 MiB",
+        ),
+        (8, &2_u32.to_be_bytes(), "table has 2 entries, must have 1"),
+        (12, &4_u32.to_be_bytes(), "flags is 4, must be at most 3"),
+        (12, &8_u32.to_be_bytes(), "flags is 8, must be at most 3"),
+        (16, &[2], "type is 2, must be 1"),
+        (17, &[8], "granularity_bits is 8, must be 9 to 31"),
+        (17, &[32], "granularity_bits is 32, must be 9 to 31"),
+        (17, &[63], "granularity_bits is 63, must be 9 to 31"),
+        (18, &[0, 0], "name_size is 0, must be 1 to 1023"),
+        (18, &[4, 0], "name_size is 1024, must be 1 to 1023"),
+        (18, &[0, 200], "does not hold exactly 1 bitmaps"),
+        (20, &1_u32.to_be_bytes(), "extra_data_size is 1, must be 0"),
+    ] {
+        let victim = with_bitmap();
+        let directory = victim.u64(bitmaps_extension(&victim) + 24);
+        patch(&victim.path, directory + at, change);
+        victim.assert_trouble(expected);
+        assert!(check(&victim.path).unwrap().corruptions > 0, "{expected}");
+    }
+    let victim = with_bitmap();
+    patch(&victim.path, bitmaps_extension(&victim) + 8, &2_u32.to_be_bytes());
+    victim.assert_trouble("does not hold exactly 2 bitmaps");
+    victim.set(bitmaps_extension(&victim) + 24, 0x4000_0000);
+    victim.assert_trouble("runs past the end of the file");
+}
+
+fn with_bitmap() -> Victim {
+    let victim = Victim::new("");
+    oracle::qemu_img()
+        .args(["bitmap", "--add"])
+        .arg(&victim.path)
+        .arg("b0")
+        .ok();
+    victim
+}
+
+/// Where the header extension of the bitmaps is.
+fn bitmaps_extension(victim: &Victim) -> u64 {
+    let head = peek(&victim.path, 0, 1024);
+    let kind = 0x2385_2875_u32.to_be_bytes();
+    head.windows(4).position(|window| window == kind).unwrap() as u64
+}
+
+/// A few megabytes that claim to be 128 PiB of the same cluster: effort follows the file, not the claim.
+#[test]
+fn tables_that_are_used_many_times_are_read_once() {
+    let victim = Victim::new("cluster_size=2M");
+    // Every entry of a large L1 table refers to the one L2 table, and every entry of that to one cluster.
+    let (l1, l2) = (victim.u64(40), victim.l2());
+    let cluster = victim.u64(l2);
+    let l1_at = scratch::len(&victim.path).next_multiple_of(2 << 20);
+    let entry = victim.u64(l1).to_be_bytes();
+    patch(&victim.path, l1_at, &entry.repeat(256 << 10));
+    patch(&victim.path, l2, &cluster.to_be_bytes().repeat(256 << 10));
+    victim.set(40, l1_at);
+    patch(&victim.path, 36, &(256_u32 << 10).to_be_bytes());
+    victim.set(24, 1 << 57);
+    let report = check(&victim.path).unwrap();
+    assert_eq!(report.allocated_units, (256 << 10) * (256 << 10));
+    assert!(report.corruptions > 0);
+}
+
+#[test]
+fn refcount_blocks_that_are_used_a_million_times_are_compared_once() {
+    let victim = Victim::new("cluster_size=2M,refcount_bits=1");
+    let (table, block) = (victim.u64(48), victim.u64(victim.u64(48)));
+    let start = scratch::len(&victim.path).next_multiple_of(2 << 20);
+    patch(&victim.path, start, &block.to_be_bytes().repeat(1 << 20));
+    victim.set(48, start);
+    patch(&victim.path, 56, &4_u32.to_be_bytes());
+    assert_ne!(table, start);
+    // A file of an exabyte that is one hole, so that all of the blocks count.
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&victim.path)
+        .unwrap();
+    file.set_len(8 << 40).unwrap();
+    let report = check(&victim.path).unwrap();
+    assert!(report.corruptions >= 1 << 20, "{}", report.corruptions);
+}
+
+/// 65536 snapshots take QEMU ten seconds to list.
+#[test]
+fn many_snapshots_are_listed_at_once() {
+    let victim = Victim::new("");
+    oracle::qemu_img()
+        .args(["snapshot", "-c", "one"])
+        .arg(&victim.path)
+        .ok();
+    let table = victim.u64(64);
+    let mut entry = peek(&victim.path, table, 40 + 24 + 1 + 3);
+    entry.resize(72, 0);
+    let start = scratch::len(&victim.path).next_multiple_of(65_536);
+    patch(&victim.path, start, &entry.repeat(65_536));
+    victim.set(64, start);
+    patch(&victim.path, 60, &65_536_u32.to_be_bytes());
+    let layer = layer(&victim.path, "qcow2", &OpenSpec::default()).unwrap();
+    assert_eq!(layer.facts().snapshots.len(), 65_536);
+    let report = check(&victim.path).unwrap();
+    assert!(report.corruptions > 0);
+}
