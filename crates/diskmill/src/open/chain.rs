@@ -185,6 +185,16 @@ impl<'a> Opener<'a> {
         Ok(ImageSpec::from_path(path))
     }
 
+    /// Opens all that `top` is backed by and lets go of it: whether it is there.
+    pub(crate) fn demand_backing(&mut self, top: &Understood) -> Result<()> {
+        let next = self.backing_of(top, &self.request.spec)?;
+        let mut image = Image {
+            chain: Chain::default(),
+            nodes: vec![top.node(&[])],
+        };
+        self.open_below(next, &mut image)
+    }
+
     /// Opens what is below the last layer of `image` and appends it.
     fn open_below(&mut self, first: Option<Backing>, image: &mut Image) -> Result<()> {
         let mut layers: Vec<Arc<dyn Layer>> = image.chain.layers().to_vec();

@@ -1,14 +1,16 @@
 //! Whether an image is consistent.
 
-use diskmill_core::{CheckReport, Error, ErrorKind, Format, Job, Result};
+use std::sync::Arc;
 
-use crate::open::OpenRequest;
+use diskmill_core::{Access, CheckReport, Error, ErrorKind, Files, Format, Job, Result, Role, Storage};
+
+use crate::open::{OpenRequest, Opener};
 
 /// What a check says of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Checked {
-    /// The name it is shown by.
+    /// The name the user gave.
     pub filename: String,
     /// Its format.
     pub format: Format,
@@ -16,11 +18,33 @@ pub struct Checked {
     pub report: CheckReport,
 }
 
-/// Checks an image; nothing is changed. An error of kind [`ErrorKind::Unsupported`] whose source is
-/// [`CheckUnsupported`] if the format has nothing to check.
+/// Checks an image; nothing is changed. What it is backed by must open, as in `qemu-img`, and is not checked.
+///
+/// An error of kind [`ErrorKind::Unsupported`] whose source is [`CheckUnsupported`] if the format has nothing to
+/// check.
 pub fn run(request: &OpenRequest, job: Job<'_>) -> Result<Checked> {
     job.check()?;
-    Err(Error::new(ErrorKind::Unsupported, CheckUnsupported(Format::Raw)).path(request.spec.path()))
+    let mut opener = Opener::new(request);
+    let image = opener.understand_top(Access::Read, true)?;
+    let format = image.driver.format();
+    let path = image.file.path().to_owned();
+    let mut files: Files = vec![(Role::Main, image.file.clone())];
+    for (role, file) in opener.data_files(&image, Access::Read)? {
+        files.push((role, Arc::clone(&file) as Arc<dyn Storage>));
+    }
+    opener.demand_backing(&image)?;
+    if format == Format::Raw {
+        return Err(Error::new(ErrorKind::Unsupported, CheckUnsupported(format)).path(path));
+    }
+    let report = image
+        .parsed
+        .check(files, &image.how, job)
+        .map_err(|error| error.op("check").path(path))?;
+    Ok(Checked {
+        filename: request.spec.text.to_string_lossy().into_owned(),
+        format,
+        report,
+    })
 }
 
 /// The format has nothing that could be checked.

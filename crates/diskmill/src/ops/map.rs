@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskmill_core::{Format, GuestOffset, HostRun, HostSpan, Result, State};
+use diskmill_core::{Chain, Format, GuestOffset, HostRun, HostSpan, Result, State};
 
 use crate::open::Image;
 
@@ -40,11 +40,11 @@ pub fn walk(
 ) -> Result<()> {
     let size = image.chain.virtual_size();
     let end = max.map_or(size, |max| start.saturating_add(max)).min(size);
-    let mut walker = Walker::new(image)?;
+    let mut walker = Walker::new(&image.chain);
     let mut at = start;
     let mut last: Option<MapEntry> = None;
     while at < end {
-        let next = walker.entry(GuestOffset::new(at), end - at)?;
+        let next = entry(image, at, walker.status(GuestOffset::new(at), end - at)?);
         at += next.length;
         match &mut last {
             Some(last) if continues(last, &next) => last.length += next.length,
@@ -65,89 +65,92 @@ fn continues(last: &MapEntry, next: &MapEntry) -> bool {
         && last.offset.map(|offset| offset + last.length) == next.offset
 }
 
-/// Asks an image for one run after another.
-struct Walker<'a> {
-    image: &'a Image,
+/// What a run of a disk is, by the word of the layers and, where they leave it open, of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Status {
+    /// Bytes in the run: at least 1.
+    pub(crate) len: u64,
+    /// Index of the layer that has it.
+    pub(crate) depth: usize,
+    /// Whether some layer has it.
+    pub(crate) present: bool,
+    /// Whether a layer has been asked past its end.
+    pub(crate) past_end: bool,
+    /// Whether it reads as zeros.
+    pub(crate) zero: bool,
+    /// Whether bytes are stored for it.
+    pub(crate) data: bool,
+    /// Whether it is stored compressed.
+    pub(crate) compressed: bool,
+    /// Where it is, if it is stored as it is or has a place kept.
+    pub(crate) span: Option<HostSpan>,
+}
+
+/// Asks a chain for one run after another.
+#[derive(Debug)]
+pub(crate) struct Walker<'a> {
+    chain: &'a Chain,
     /// For each layer, whether its stored bytes may be holes of the host; asked once.
     hollow: Vec<Option<bool>>,
 }
 
 impl<'a> Walker<'a> {
-    fn new(image: &'a Image) -> Result<Self> {
-        Ok(Self {
-            image,
-            hollow: vec![None; image.chain.layers().len()],
-        })
+    pub(crate) fn new(chain: &'a Chain) -> Self {
+        Self {
+            chain,
+            hollow: vec![None; chain.layers().len()],
+        }
     }
 
-    /// The run that starts at `at`: as much of it as can be told at once.
-    fn entry(&mut self, at: GuestOffset, max: u64) -> Result<MapEntry> {
-        let found = self.image.chain.map(at, max)?;
-        let mut entry = MapEntry {
-            start: at,
-            length: found.len,
+    /// The run that starts at `at`: as much of it as can be told at once, at most `max` bytes.
+    pub(crate) fn status(&mut self, at: GuestOffset, max: u64) -> Result<Status> {
+        let found = self.chain.map(at, max)?;
+        let mut status = Status {
+            len: found.len,
             depth: found.depth,
-            present: true,
-            zero: false,
+            present: !found.past_end,
+            past_end: found.past_end,
+            zero: found.past_end,
             data: false,
             compressed: false,
-            offset: None,
-            filename: None,
+            span: None,
         };
-        if found.past_end {
-            // Nobody has them: the layer above the one that ends here is the last that was asked.
-            entry.depth = found.depth.saturating_sub(1);
-            entry.present = false;
-            entry.zero = true;
-            return Ok(entry);
-        }
         match found.state {
+            _ if found.past_end => {}
             State::Data(span) => {
-                entry.data = true;
-                self.place(&mut entry, span);
-                self.look_for_holes(&mut entry, span)?;
+                status.data = true;
+                status.span = Some(span);
+                self.look_for_holes(&mut status, span)?;
             }
             State::Zero { reserved } => {
-                entry.zero = true;
-                if let Some(span) = reserved {
-                    self.place(&mut entry, span);
-                }
+                status.zero = true;
+                status.span = reserved;
             }
             State::Absent => {
-                entry.present = false;
-                entry.zero = true;
-                if let Some(base) = self.image.chain.layers().get(found.depth) {
+                status.present = false;
+                status.zero = true;
+                if let Some(base) = self.chain.layers().get(found.depth) {
                     let (span, len) = base.kept(at, found.len)?;
-                    entry.length = len.clamp(1, found.len);
-                    if let Some(span) = span {
-                        self.place(&mut entry, span);
-                    }
+                    status.len = len.clamp(1, found.len);
+                    status.span = span;
                 }
             }
             State::Compressed(_) => {
-                entry.data = true;
-                entry.compressed = true;
+                status.data = true;
+                status.compressed = true;
             }
             // Encrypted, and whatever else only its format can read.
-            _ => entry.data = true,
+            _ => status.data = true,
         }
-        Ok(entry)
-    }
-
-    fn place(&self, entry: &mut MapEntry, span: HostSpan) {
-        let files = self.image.nodes.get(entry.depth).map(|node| &node.files);
-        entry.filename = files
-            .and_then(|files| files.get(usize::from(span.file.0)))
-            .cloned();
-        entry.offset = Some(span.at.get());
+        Ok(status)
     }
 
     /// Stored bytes that are a hole of the host read as zeros.
-    fn look_for_holes(&mut self, entry: &mut MapEntry, span: HostSpan) -> Result<()> {
-        let Some(layer) = self.image.chain.layers().get(entry.depth) else {
-            return Ok(());
-        };
-        let Some(hollow) = self.hollow.get_mut(entry.depth) else {
+    fn look_for_holes(&mut self, status: &mut Status, span: HostSpan) -> Result<()> {
+        let (Some(layer), Some(hollow)) = (
+            self.chain.layers().get(status.depth),
+            self.hollow.get_mut(status.depth),
+        ) else {
             return Ok(());
         };
         let is_hollow = match hollow {
@@ -159,15 +162,35 @@ impl<'a> Walker<'a> {
         };
         let len = match file.run_at(span.at)? {
             HostRun::Hole(len) => {
-                entry.zero = true;
+                status.zero = true;
                 // A raw disk has no other word for zeros than its holes.
-                entry.data = layer.facts().format != Format::Raw;
+                status.data = layer.facts().format != Format::Raw;
                 len
             }
             HostRun::Data(len) => len,
             _ => return Ok(()),
         };
-        entry.length = entry.length.min(len.max(1));
+        status.len = status.len.min(len.max(1));
         Ok(())
+    }
+}
+
+fn entry(image: &Image, at: u64, status: Status) -> MapEntry {
+    // Nobody has what is past a layer's end: the layer above it is the last that was asked.
+    let depth = status.depth.saturating_sub(usize::from(status.past_end));
+    let files = image.nodes.get(depth).map(|node| &node.files);
+    let filename = status
+        .span
+        .and_then(|span| files?.get(usize::from(span.file.0)).cloned());
+    MapEntry {
+        start: GuestOffset::new(at),
+        length: status.len,
+        depth,
+        present: status.present,
+        zero: status.zero,
+        data: status.data,
+        compressed: status.compressed,
+        offset: status.span.map(|span| span.at.get()),
+        filename,
     }
 }

@@ -1,7 +1,10 @@
 //! How much space an image would take.
 
-use diskmill_core::{CreateSpec, Driver, Measure, Result};
+use std::ops::Range;
 
+use diskmill_core::{Chain, CreateSpec, DataRuns, Driver, GuestOffset, Measure, Result};
+
+use super::map::Walker;
 use crate::open::Image;
 
 /// What is to be measured.
@@ -14,13 +17,49 @@ pub enum Source<'a> {
 }
 
 /// The space a new image in the format of `driver` would take for `source`. `spec` carries the format's options; its
-/// virtual size is set from the source.
+/// virtual size is set from the source. The bytes of a source are not read, only its map.
 pub fn run(driver: &dyn Driver, spec: &CreateSpec, source: Source<'_>) -> Result<Measure> {
-    let size = match source {
-        Source::Size(bytes) => bytes,
-        Source::Image(image) => image.chain.virtual_size(),
-    };
     let mut spec = spec.clone();
-    spec.virtual_size = size;
-    driver.measure(&spec, None)
+    match source {
+        Source::Size(bytes) => {
+            spec.virtual_size = bytes;
+            driver.measure(&spec, None)
+        }
+        Source::Image(image) => {
+            spec.virtual_size = image.chain.virtual_size();
+            driver.measure(&spec, Some(&mut Stored::new(&image.chain)))
+        }
+    }
+}
+
+/// The runs of a disk that hold data.
+#[derive(Debug)]
+struct Stored<'a> {
+    walker: Walker<'a>,
+    at: u64,
+    end: u64,
+}
+
+impl<'a> Stored<'a> {
+    fn new(chain: &'a Chain) -> Self {
+        Self {
+            walker: Walker::new(chain),
+            at: 0,
+            end: chain.virtual_size(),
+        }
+    }
+}
+
+impl DataRuns for Stored<'_> {
+    fn next_run(&mut self) -> Result<Option<Range<GuestOffset>>> {
+        while self.at < self.end {
+            let start = GuestOffset::new(self.at);
+            let status = self.walker.status(start, self.end - self.at)?;
+            self.at += status.len;
+            if status.data && !status.zero {
+                return Ok(Some(start..GuestOffset::new(self.at)));
+            }
+        }
+        Ok(None)
+    }
 }

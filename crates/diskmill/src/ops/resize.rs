@@ -1,8 +1,10 @@
 //! Making a disk larger or smaller.
 
-use diskmill_core::{Error, ErrorKind, Result};
+use std::ops::Range;
 
-use crate::open::{OpenRequest, OpenWarning};
+use diskmill_core::{Error, ErrorKind, Format, GuestOffset, Result, ZeroHow};
+
+use crate::open::{self, ImageMut, OpenRequest, OpenWarning};
 
 /// The size that is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +116,78 @@ pub enum ResizeError {
 }
 
 /// Changes the size of a disk. Warnings of opening it go to `warn` before anything is changed.
+///
+/// If the new space cannot be preallocated the old size comes back.
 pub fn run(request: &ResizeRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Result<Resized> {
-    let _ = warn;
-    Err(Error::bare(ErrorKind::Unsupported).path(request.open.spec.path()))
+    let path = request.open.spec.path();
+    let image = open::image_mut(&request.open)?;
+    for warning in &image.warnings {
+        warn(warning);
+    }
+    let from = image.top.virtual_size();
+    let to = match request.size {
+        NewSize::To(bytes) => Some(bytes),
+        NewSize::Grow(bytes) => from.checked_add(bytes),
+        NewSize::Shrink(bytes) => from.checked_sub(bytes),
+    };
+    let refuse = |error: ResizeError| Err(Error::new(ErrorKind::Usage, error).op("resize").path(path));
+    let to = match (to, request.size) {
+        (Some(to), _) if to > 0 => to,
+        (None, NewSize::Grow(_)) => u64::MAX,
+        _ => return refuse(ResizeError::NotPositive),
+    };
+    if to <= from && request.preallocation != Preallocation::Off {
+        return refuse(ResizeError::PreallocationOnShrink);
+    }
+    if to < from && !request.shrink {
+        return refuse(ResizeError::WouldShrink { from, to });
+    }
+    if to > from && request.preallocation == Preallocation::Metadata {
+        return refuse(ResizeError::Preallocation(request.preallocation.name()));
+    }
+    let done = grow_or_shrink(&image, from, to, request.preallocation);
+    done.map_err(|error| error.op("resize").path(path))?;
+    Ok(Resized {
+        from,
+        to: image.top.virtual_size(),
+    })
+}
+
+fn grow_or_shrink(image: &ImageMut, from: u64, to: u64, preallocation: Preallocation) -> Result<()> {
+    image.top.resize(to, &image.below)?;
+    let new = GuestOffset::new(from)..GuestOffset::new(image.top.virtual_size());
+    if let Err(error) = preallocate(image, new, preallocation) {
+        // The first error is the one to tell.
+        let _ = image.top.resize(from, &image.below);
+        return Err(error);
+    }
+    image.top.flush()
+}
+
+/// Zeros written at once.
+const PIECE: usize = 1 << 20;
+
+fn preallocate(image: &ImageMut, new: Range<GuestOffset>, how: Preallocation) -> Result<()> {
+    let raw = image.top.facts().format == Format::Raw;
+    match how {
+        Preallocation::Off => Ok(()),
+        Preallocation::Falloc if raw => image.top.zero(new, ZeroHow::KeepAllocated, &image.below),
+        // Only writing makes a format give clusters their place.
+        Preallocation::Falloc | Preallocation::Full => {
+            let zeros = vec![0; PIECE];
+            let mut at = new.start;
+            while at < new.end {
+                let len = usize::try_from(new.end.since(at)).unwrap_or(PIECE).min(PIECE);
+                image
+                    .top
+                    .write_at(at, zeros.get(..len).unwrap_or(&zeros), &image.below)?;
+                at = at.plus(len as u64)?;
+            }
+            Ok(())
+        }
+        Preallocation::Metadata => Err(Error::new(
+            ErrorKind::Unsupported,
+            ResizeError::Preallocation(how.name()),
+        )),
+    }
 }
