@@ -284,3 +284,30 @@ impl Write for Patient {
         self.0.flush()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use rustix::fs::{OFlags, fcntl_setfl};
+
+    use super::*;
+
+    #[test]
+    fn a_stream_that_does_not_block_is_waited_for() {
+        let (reader, writer) = io::pipe().unwrap();
+        for end in [reader.as_fd(), writer.as_fd()] {
+            fcntl_setfl(end, OFlags::NONBLOCK).unwrap();
+        }
+        let [reader, writer] = [OwnedFd::from(reader), OwnedFd::from(writer)].map(|end| Patient(end.into()));
+        // More than a pipe holds, so that each side has to wait for the other.
+        let bytes: Vec<u8> = (0..1_000_000_u32).map(|number| (number % 251) as u8).collect();
+        let mut found = vec![0; bytes.len() + 1];
+        let count = std::thread::scope(|scope| {
+            scope.spawn(|| PipeOut::new(writer).write_at(HostOffset::ZERO, &bytes).unwrap());
+            PipeIn::new(reader).next(&mut found).unwrap()
+        });
+        assert_eq!(count, bytes.len());
+        assert!(found[..count] == bytes);
+    }
+}

@@ -206,6 +206,16 @@ impl Direct {
         Ok(self.buffered.get_or_init(|| fd).as_fd())
     }
 
+    /// Whether any request has needed an aligned buffer.
+    #[cfg(test)]
+    pub(super) fn has_carried(&self) -> bool {
+        !self
+            .spare
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_empty()
+    }
+
     fn carrier(&self) -> AlignedBuf {
         let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
         spare.unwrap_or_else(|| AlignedBuf::new(BOUNCE))

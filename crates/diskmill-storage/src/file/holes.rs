@@ -5,7 +5,8 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use diskmill_core::{HostRun, Result};
-use rustix::io::Errno;
+use rustix::fs::fdatasync;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::{Call, File, Kind};
 use crate::os;
@@ -65,6 +66,12 @@ impl File {
 
     /// The end of the run at `at`, which is below `len`, and whether it is a hole. `None` if the host does not know.
     fn seek_run(&self, at: u64, len: u64) -> Option<(u64, bool)> {
+        let hides = *self
+            .hides_new_data
+            .get_or_init(|| os::hides_new_data(self.as_fd()));
+        if hides && retry_on_intr(|| fdatasync(self)).is_err() {
+            return None;
+        }
         match os::seek_data(self.as_fd(), at) {
             // No data from here on.
             Err(Errno::NXIO) => return Some((len, true)),

@@ -152,6 +152,8 @@ pub struct File {
     /// Counts changes, so that what was learnt about holes before one is not believed after it.
     changes: AtomicU64,
     holes: Mutex<Option<Holes>>,
+    /// Whether the host calls new data a hole until it is flushed.
+    hides_new_data: OnceLock<bool>,
     /// Calls the host has said it does not support: bits of [`Call`].
     unsupported: AtomicU8,
     failed_sync: OnceLock<Errno>,
@@ -239,6 +241,7 @@ impl File {
             len: AtomicU64::new(0),
             changes: AtomicU64::new(0),
             holes: Mutex::new(None),
+            hides_new_data: OnceLock::new(),
             unsupported: AtomicU8::new(0),
             failed_sync: OnceLock::new(),
             locks: Mutex::new(LockPlan::NONE),

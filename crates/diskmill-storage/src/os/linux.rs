@@ -18,6 +18,18 @@ pub(crate) fn seek_hole(fd: BorrowedFd<'_>, at: u64) -> Result<u64> {
     fs::seek(fd, SeekFrom::Hole(at))
 }
 
+/// Whether bytes that were written but have no place on the disk yet are called a hole.
+///
+/// ext4 does so for files mapped by indirect blocks, as on a file system made for ext2 or ext3 (seen on Linux 6.18).
+pub(crate) fn hides_new_data(fd: BorrowedFd<'_>) -> bool {
+    /// `EXT4_SUPER_MAGIC`.
+    const EXT: u64 = 0xef53;
+    /// `EXT4_EXTENTS_FL`: the file is mapped by extents.
+    const EXTENTS: u32 = 0x8_0000;
+    let is_ext = fs::fstatfs(fd).is_ok_and(|found| u64::try_from(found.f_type) == Ok(EXT));
+    is_ext && fs::ioctl_getflags(fd).is_ok_and(|flags| flags.bits() & EXTENTS == 0)
+}
+
 /// Gives the space of a range back; it reads as zeros. The length stays.
 pub(crate) fn punch(fd: BorrowedFd<'_>, at: u64, len: u64) -> Result<()> {
     fs::fallocate(

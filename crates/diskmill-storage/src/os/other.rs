@@ -44,3 +44,7 @@ pub(crate) fn mount_id(_: BorrowedFd<'_>) -> Option<u64> {
 pub(crate) fn is_nocow(_: BorrowedFd<'_>) -> bool {
     false
 }
+
+pub(crate) fn hides_new_data(_: BorrowedFd<'_>) -> bool {
+    false
+}
