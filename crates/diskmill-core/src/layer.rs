@@ -4,7 +4,10 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::{Chain, Extent, Facts, FileIndex, GuestOffset, HostSpan, Result, Storage, Stored, ZeroHow};
+use crate::{
+    Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, GuestOffset, HostSpan, Result, Storage,
+    Stored, ZeroHow,
+};
 
 /// One image, open for reading. It answers for itself alone: what is absent is for the [`Chain`] to ask below.
 pub trait Layer: Send + Sync + Debug {
@@ -49,6 +52,15 @@ pub trait LayerMut: Layer {
 
     /// Stores whole units that are not allocated yet, as an [`Encoder`](crate::Encoder) made them.
     fn write_encoded(&self, at: GuestOffset, unit: Stored<'_>, below: &Chain) -> Result<()>;
+
+    /// An encoder of what [`write_encoded`](Self::write_encoded) takes. An error of kind
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) if this image stores nothing compressed.
+    fn encoder(&self) -> Result<Box<dyn Encoder>> {
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("format '{}' stores nothing compressed", self.facts().format),
+        ))
+    }
 
     /// Makes `range` read as zeros.
     fn zero(&self, range: Range<GuestOffset>, how: ZeroHow, below: &Chain) -> Result<()>;

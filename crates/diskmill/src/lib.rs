@@ -10,3 +10,4 @@ pub mod open;
 pub mod ops;
 pub mod policy;
 pub mod spec;
+mod target;

@@ -4,11 +4,28 @@
 //! compression), wait for their turn, place it in the new image's tables, pass the turn on, and write. Only placing is
 //! serial, so the bytes of the image do not depend on how many workers there are, and memory is what the workers hold.
 
+mod existing;
+mod input;
+mod lane;
+mod new;
 mod plan;
+mod salvage;
+mod sink;
+mod source;
+mod work;
+
+use std::num::NonZeroUsize;
+use std::sync::atomic::Ordering;
+use std::thread;
 
 use diskmill_core::{Error, ErrorKind, Job, Result};
+pub use diskmill_storage::InPlace;
 
 pub use plan::{ExistingImage, Input, NewImage, Output, Plan};
+
+use input::Opened;
+use lane::Lane;
+use source::Cut;
 
 /// What a conversion did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,9 +39,8 @@ pub struct Summary {
     pub stored: u64,
     /// Workers that ran.
     pub workers: usize,
-    /// Why the target was written in place instead of being replaced when complete, if it was and need not have been
-    /// by its nature.
-    pub in_place: Option<String>,
+    /// Why the target was written in place instead of being replaced when complete, if that is not what it is for.
+    pub in_place: Option<InPlace>,
 }
 
 /// Why a conversion was refused. The source of an [`Error`] from [`run`].
@@ -48,17 +64,86 @@ pub enum ConvertError {
     /// Dirty bitmaps cannot be copied yet.
     #[error("copying dirty bitmaps is not supported yet")]
     Bitmaps,
+    /// There is nothing to read.
+    #[error("there is no source")]
+    NoSource,
     /// Standard input is a stream: it can only be read once and alone.
     #[error("standard input must be the only source")]
     StdinNotAlone,
-    /// The image is written over while it is read.
-    #[error("source and target are the same file")]
-    SameFile,
+    /// What is copied without being looked at cannot be compressed.
+    #[error("copy offloading and compression exclude each other")]
+    OffloadAndCompression,
+}
+
+impl ConvertError {
+    fn usage(self) -> Error {
+        Error::new(ErrorKind::Usage, self)
+    }
+
+    fn unsupported(self) -> Error {
+        Error::new(ErrorKind::Unsupported, self)
+    }
 }
 
 /// Converts. The target is absent, or as it was, if this fails, unless it had to be written in place.
 pub fn run(plan: &Plan, job: Job<'_>) -> Result<Summary> {
-    let _ = plan;
+    if plan.bitmaps {
+        return Err(ConvertError::Bitmaps.unsupported());
+    }
+    if plan.offload && plan.compress.is_some() {
+        return Err(ConvertError::OffloadAndCompression.usage());
+    }
     job.check()?;
-    Err(Error::bare(ErrorKind::Unsupported))
+    let source = match input::open(&plan.inputs)? {
+        Opened::Disks(source) => source,
+        Opened::Stream(mut stream) => match &plan.output {
+            Output::Stdout => return new::stream_to_stdout(plan, &mut stream, job),
+            Output::New(image) if new::takes_streams(image) => {
+                return new::stream_to_image(plan, image, &mut stream, job);
+            }
+            Output::New(image) => input::spool(&mut stream, image.target.path(), job)?,
+            Output::Existing(image) => input::spool(&mut stream, image.open.spec.path(), job)?,
+        },
+    };
+    match &plan.output {
+        Output::Stdout => new::to_stdout(plan, &source, job),
+        Output::New(image) => new::to_image(plan, image, &source, job),
+        Output::Existing(image) => existing::to_image(plan, image, &source, job),
+    }
+}
+
+/// Data bytes of a chunk: few enough to stay in a core's cache between reading and writing, enough for a request.
+const CHUNK: u64 = 512 << 10;
+
+/// How a source is cut for a target that takes data in steps of `unit` bytes.
+fn cut(plan: &Plan, unit: u64) -> Cut {
+    let step = match plan.compress {
+        Some(_) => unit,
+        None => plan.sparse.max(1).next_multiple_of(unit.max(1)),
+    };
+    Cut {
+        step,
+        chunk: CHUNK.next_multiple_of(step),
+        top_only: false,
+        below_end: u64::MAX,
+        keep_zeros: plan.sparse == 0,
+        offload: plan.offload,
+        salvage: plan.salvage,
+    }
+}
+
+/// Workers to start.
+fn workers(plan: &Plan) -> NonZeroUsize {
+    let cores = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    plan.workers.unwrap_or(cores)
+}
+
+fn summary(lane: &Lane<'_>, workers: usize) -> Summary {
+    Summary {
+        virtual_size: lane.counters.end.load(Ordering::Relaxed),
+        read: lane.counters.read.load(Ordering::Relaxed),
+        stored: lane.counters.stored.load(Ordering::Relaxed),
+        workers,
+        in_place: None,
+    }
 }

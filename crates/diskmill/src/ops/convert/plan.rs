@@ -1,8 +1,9 @@
 //! What is to be converted, into what, and how.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 
 use diskmill_core::{Compression, Durability, Options};
+use diskmill_storage::CacheMode;
 
 use crate::open::OpenRequest;
 use crate::spec::ImageSpec;
@@ -27,7 +28,7 @@ pub struct Plan {
     /// Store zeros in place of what cannot be read, with a warning each (`--salvage`).
     pub salvage: bool,
     /// Bytes to write a second at most (`-r`).
-    pub rate: Option<u64>,
+    pub rate: Option<NonZeroU64>,
     /// What must hold when it is done.
     pub durability: Durability,
     /// Copy dirty bitmaps too (`--bitmaps`).
@@ -89,6 +90,8 @@ pub struct NewImage {
     pub backing: Option<String>,
     /// The format of its backing image (`-F`).
     pub backing_format: Option<String>,
+    /// How writes pass the host's cache (`-t`).
+    pub cache: CacheMode,
 }
 
 impl NewImage {
@@ -100,6 +103,7 @@ impl NewImage {
             options: Options::new(),
             backing: None,
             backing_format: None,
+            cache: CacheMode::Writeback,
         }
     }
 }

@@ -1,0 +1,103 @@
+//! Opening what is to be read.
+
+use std::io::{self, Seek};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use diskmill_core::{
+    Chain, Error, ErrorKind, Format, ForwardSource, HostOffset, Job, OpenSpec, Result, Role, Storage,
+    StorageMut,
+};
+use diskmill_formats::registry;
+use diskmill_storage::{PipeIn, StageOptions, Staged};
+
+use super::source::Source;
+use super::work::is_zero;
+use super::{ConvertError, Input};
+use crate::open::{self, OpenRequest};
+use crate::spec::ImageSpec;
+
+/// What there is to read.
+pub(super) enum Opened {
+    /// Disks that can be read anywhere.
+    Disks(Source),
+    /// One that only comes in order.
+    Stream(PipeIn),
+}
+
+/// Opens all inputs.
+pub(super) fn open(inputs: &[Input]) -> Result<Opened> {
+    let mut chains = Vec::new();
+    for input in inputs {
+        match input {
+            Input::Image(request) => {
+                let mut request = (**request).clone();
+                request.hold = true;
+                chains.push(open::image(&request)?.chain);
+            }
+            Input::Stdin if inputs.len() > 1 => return Err(ConvertError::StdinNotAlone.usage()),
+            Input::Stdin => match stdin_file()? {
+                Some(request) => chains.push(open::image(&request)?.chain),
+                None => return Ok(Opened::Stream(PipeIn::stdin()?)),
+            },
+        }
+    }
+    if chains.is_empty() {
+        return Err(ConvertError::NoSource.usage());
+    }
+    Ok(Opened::Disks(Source::new(chains)?))
+}
+
+/// Standard input as a file, if it is one and nobody has read from it: its size is known then, and its holes.
+fn stdin_file() -> Result<Option<OpenRequest>> {
+    let mut file: std::fs::File = io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(Error::from)?
+        .into();
+    let is_file = file.metadata().is_ok_and(|known| known.is_file());
+    if !is_file || file.stream_position().map_err(Error::from)? != 0 {
+        return Ok(None);
+    }
+    let mut request = OpenRequest::new(ImageSpec::from_path("/dev/stdin"));
+    request.format = Some(Format::Raw.name().to_owned());
+    Ok(Some(request))
+}
+
+/// Bytes that are read at once while spooling, and that are zeros or not as a whole.
+const SPOOL_CHUNK: usize = 1 << 20;
+const SPOOL_STEP: usize = 64 << 10;
+
+/// Keeps a stream in an unnamed file near `near`, for a target that must know the size first.
+pub(super) fn spool(stream: &mut dyn ForwardSource, near: &Path, job: Job<'_>) -> Result<Source> {
+    let name = Path::new("diskmill-stdin");
+    let beside = near.parent().map_or_else(|| name.into(), |dir| dir.join(name));
+    // It never takes its name; a directory of devices has no room for it.
+    let staged = Staged::create(&beside, &StageOptions::new())
+        .or_else(|_| Staged::create(Path::new("/var/tmp").join(name), &StageOptions::new()))?;
+    let file: Arc<dyn StorageMut> = staged.storage();
+    let mut buf = vec![0; SPOOL_CHUNK];
+    let mut end: u64 = 0;
+    loop {
+        job.check()?;
+        let have = stream.next(&mut buf)?;
+        if have == 0 {
+            break;
+        }
+        for part in buf.get(..have).unwrap_or_default().chunks(SPOOL_STEP) {
+            if !is_zero(part) {
+                file.write_at(HostOffset::new(end), part)?;
+            }
+            end += part.len() as u64;
+        }
+    }
+    file.set_len(end)?;
+    let main: Arc<dyn Storage> = file;
+    let driver = registry::by_name(Format::Raw.name()).ok_or_else(|| Error::bare(ErrorKind::Unsupported))?;
+    let how = OpenSpec::default();
+    let layer = driver
+        .parse(Arc::clone(&main), &how)?
+        .attach(vec![(Role::Main, main)], &how)?;
+    Source::new(vec![Chain::new(vec![layer])])
+}

@@ -1,0 +1,205 @@
+//! Converting into a new image.
+
+use std::sync::Mutex;
+
+use diskmill_core::{
+    BackingName, Builder, Chain, CreateSpec, Driver, Finish, Format, ForwardSource, Job, OutputSpec, Result,
+};
+use diskmill_storage::RateLimit;
+
+use super::lane::{Feed, Lane, Stream};
+use super::sink::{Ordered, Sink};
+use super::source::{Cut, Scanner, Source};
+use super::{ConvertError, Input, NewImage, Plan, Summary, cut, summary, workers};
+use crate::open::OpenRequest;
+use crate::ops::create::{self, CreateError};
+use crate::target::Target;
+
+/// Whether an image of this kind can be made of a stream whose length shows only at its end.
+pub(super) fn takes_streams(image: &NewImage) -> bool {
+    image.format == Format::Raw.name()
+}
+
+/// Fills a new image from `source`.
+pub(super) fn to_image(plan: &Plan, image: &NewImage, source: &Source, job: Job<'_>) -> Result<Summary> {
+    let (start, below) = Start::image(plan, image, source.size())?;
+    let cut = Cut {
+        top_only: below.is_some(),
+        below_end: below.as_ref().map_or(u64::MAX, Chain::virtual_size),
+        ..cut(plan, start.builder.unit())
+    };
+    let feed = Feed::Scan(Scanner::new(source, cut));
+    start.run(
+        plan,
+        Reading {
+            source,
+            below: below.as_ref(),
+            feed,
+            cut,
+        },
+        job,
+    )
+}
+
+/// Fills a new image from a stream.
+pub(super) fn stream_to_image(
+    plan: &Plan,
+    image: &NewImage,
+    stream: &mut dyn ForwardSource,
+    job: Job<'_>,
+) -> Result<Summary> {
+    let (start, _) = Start::image(plan, image, 0)?;
+    start.run_stream(plan, stream, job)
+}
+
+/// Sends `source` to standard output, raw.
+pub(super) fn to_stdout(plan: &Plan, source: &Source, job: Job<'_>) -> Result<Summary> {
+    let start = Start::stdout(plan, source.size())?;
+    let cut = cut(plan, start.builder.unit());
+    let feed = Feed::Scan(Scanner::new(source, cut));
+    start.run(
+        plan,
+        Reading {
+            source,
+            below: None,
+            feed,
+            cut,
+        },
+        job,
+    )
+}
+
+/// Sends a stream to standard output, raw.
+pub(super) fn stream_to_stdout(plan: &Plan, stream: &mut dyn ForwardSource, job: Job<'_>) -> Result<Summary> {
+    Start::stdout(plan, 0)?.run_stream(plan, stream, job)
+}
+
+/// A new image that has been started.
+struct Start {
+    target: Target,
+    builder: Box<dyn Builder>,
+}
+
+/// What it is filled with.
+struct Reading<'a> {
+    source: &'a Source,
+    below: Option<&'a Chain>,
+    feed: Feed<'a>,
+    cut: Cut,
+}
+
+impl Start {
+    /// Starts `image`, and opens what it is backed by.
+    fn image(plan: &Plan, image: &NewImage, size: u64) -> Result<(Self, Option<Chain>)> {
+        let path = image.target.path();
+        Self::image_at(plan, image, size).map_err(|error| error.op("create").path(path))
+    }
+
+    fn image_at(plan: &Plan, image: &NewImage, size: u64) -> Result<(Self, Option<Chain>)> {
+        let driver = create::creatable(&image.format)?;
+        let mut options = image.options.clone();
+        create::check_options(driver, &options)?;
+        // The sources say how large it is.
+        options.take("size");
+        let (backing, format) = create::take_backing(
+            &mut options,
+            image.backing.as_deref(),
+            image.backing_format.as_deref(),
+        );
+        let mut spec = CreateSpec::new(create::whole_sectors(size)?);
+        spec.options = options;
+        let mut below = None;
+        if let Some(name) = backing {
+            if plan.inputs.len() > 1 {
+                return Err(ConvertError::BackingWithSeveral.usage());
+            }
+            create::check_backing(driver, &image.target, &name)?;
+            if format.is_none() {
+                return Err(CreateError::BackingFormatMissing { detected: None }.usage());
+            }
+            let like = backing_like(plan, image);
+            below = Some(create::open_backing(&image.target, &name, format.as_deref(), &like)?.chain);
+            spec.backing = Some(BackingName { name, format });
+        }
+        let outputs = outputs(plan, driver, &mut spec)?;
+        let target = Target::create(path(image), &outputs, image.cache)?;
+        let builder = driver.build(&spec, target.files())?;
+        Ok((Self { target, builder }, below))
+    }
+
+    fn stdout(plan: &Plan, size: u64) -> Result<Self> {
+        let driver = create::creatable(Format::Raw.name())?;
+        let mut spec = CreateSpec::new(create::whole_sectors(size)?);
+        outputs(plan, driver, &mut spec)?;
+        let target = Target::stdout()?;
+        let builder = driver.build(&spec, target.files())?;
+        Ok(Self { target, builder })
+    }
+
+    fn run_stream(self, plan: &Plan, stream: &mut dyn ForwardSource, job: Job<'_>) -> Result<Summary> {
+        let source = Source::new(Vec::new())?;
+        let cut = cut(plan, self.builder.unit());
+        let reading = Reading {
+            source: &source,
+            below: None,
+            feed: Feed::Stream(Stream::new(stream, cut)),
+            cut,
+        };
+        self.run(plan, reading, job)
+    }
+
+    fn run<'a>(self, plan: &Plan, reading: Reading<'a>, job: Job<'a>) -> Result<Summary> {
+        let Reading {
+            source,
+            below,
+            feed,
+            cut,
+        } = reading;
+        let workers = workers(plan);
+        let streamed = matches!(feed, Feed::Stream(_));
+        if !streamed {
+            job.observer.total(source.size());
+        }
+        let sink = Sink::New(Ordered::new(self.builder, workers.get()));
+        let mut lane = Lane::new(Mutex::new(feed), source, sink, cut, job);
+        lane.below = below;
+        lane.pack = plan.compress.is_some();
+        lane.pace = plan.rate.map(RateLimit::new);
+        let started = lane.run(workers)?;
+        job.check()?;
+        let mut summary = summary(&lane, started);
+        let mut end = Finish::new(plan.durability);
+        if streamed {
+            end.final_size = Some(summary.virtual_size);
+        } else {
+            summary.virtual_size = source.size();
+        }
+        if let Some(builder) = lane.into_builder() {
+            builder.finish(end)?;
+        }
+        summary.in_place = self.target.in_place();
+        self.target.commit(plan.durability)?;
+        Ok(summary)
+    }
+}
+
+/// The files of the new image, whose `spec` gets what the plan says of compression.
+fn outputs(plan: &Plan, driver: &dyn Driver, spec: &mut CreateSpec) -> Result<Vec<OutputSpec>> {
+    if plan.compress.is_some() && driver.format() == Format::Raw {
+        return Err(ConvertError::NoCompression(driver.format().name().to_owned()).unsupported());
+    }
+    spec.compression = plan.compress;
+    driver.outputs(spec)
+}
+
+/// The target's backing image is opened under the rules of the source.
+fn backing_like(plan: &Plan, image: &NewImage) -> OpenRequest {
+    match plan.inputs.first() {
+        Some(Input::Image(request)) => (**request).clone(),
+        _ => OpenRequest::new(image.target.clone()),
+    }
+}
+
+fn path(image: &NewImage) -> &std::path::Path {
+    image.target.path()
+}

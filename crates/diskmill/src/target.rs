@@ -1,0 +1,105 @@
+//! The files of a new image: staged beside their target, or written in place where that is what they are for.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use diskmill_core::{Durability, FilesMut, OutputName, OutputSpec, Result, Role, StorageMut};
+use diskmill_storage::{
+    CacheMode, File, FileOptions, InPlace, LockPlan, NotADisk, PipeOut, StageOptions, Staged,
+};
+
+/// The files a new image is written to. Unless [`commit`](Self::commit) is called, the target stays as it was.
+#[derive(Debug)]
+pub(crate) struct Target {
+    files: FilesMut,
+    /// In the order of `files`.
+    staged: Vec<Staged>,
+    pipe: Option<Arc<PipeOut>>,
+}
+
+impl Target {
+    /// Starts the files `outputs` asks for, the main one to be called `path`.
+    pub(crate) fn create(path: &Path, outputs: &[OutputSpec], cache: CacheMode) -> Result<Self> {
+        if is_stdout(path) {
+            return Self::stdout();
+        }
+        let mut target = Self {
+            files: Vec::new(),
+            staged: Vec::new(),
+            pipe: None,
+        };
+        for output in outputs {
+            let options = StageOptions::new().cache(cache).for_output(output);
+            let staged = Staged::create(output_path(path, &output.name), &options)?;
+            target.files.push((output.role, staged.storage()));
+            target.staged.push(staged);
+        }
+        Ok(target)
+    }
+
+    /// Standard output: from its start if it is an empty file or a block device, else in order.
+    pub(crate) fn stdout() -> Result<Self> {
+        let mut target = Self {
+            files: Vec::new(),
+            staged: Vec::new(),
+            pipe: None,
+        };
+        let opened = File::open("/dev/stdout", &FileOptions::write(LockPlan::WRITE));
+        let main: Arc<dyn StorageMut> = match opened {
+            Ok(file) if file.is_block_device() || diskmill_core::Storage::len(&file)? == 0 => Arc::new(file),
+            Err(error) if error.find::<NotADisk>().is_none() && error.find::<io::Error>().is_none() => {
+                return Err(error);
+            }
+            _ => {
+                let pipe = Arc::new(PipeOut::stdout()?);
+                target.pipe = Some(Arc::clone(&pipe));
+                pipe
+            }
+        };
+        target.files.push((Role::Main, main));
+        Ok(target)
+    }
+
+    /// The files, in the order they were asked for.
+    pub(crate) fn files(&self) -> FilesMut {
+        self.files.clone()
+    }
+
+    /// Why a target that could have been replaced when complete is written in place.
+    pub(crate) fn in_place(&self) -> Option<InPlace> {
+        self.staged
+            .iter()
+            .filter_map(Staged::in_place)
+            .find(|reason| *reason != InPlace::Device)
+    }
+
+    /// Gives the files their names, now that they are complete.
+    pub(crate) fn commit(self, durability: Durability) -> Result<()> {
+        if let Some(pipe) = self.pipe {
+            pipe.finish()?;
+        }
+        // The main file names the others: it comes last.
+        let mut set = self.staged;
+        set.reverse();
+        Staged::commit_all(set, durability)
+    }
+}
+
+/// Whether `path` is one of the names for what the shell has opened for us.
+fn is_stdout(path: &Path) -> bool {
+    ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"]
+        .iter()
+        .any(|name| path == Path::new(name))
+}
+
+/// Where a file of the image `main` belongs.
+fn output_path(main: &Path, name: &OutputName) -> PathBuf {
+    match name {
+        OutputName::Main => main.to_owned(),
+        OutputName::Named(name) => match main.parent() {
+            Some(dir) => dir.join(name),
+            None => name.into(),
+        },
+    }
+}
