@@ -5,6 +5,7 @@
 
 mod bench;
 mod command;
+mod golden;
 
 mod peers;
 mod suite;
@@ -26,6 +27,7 @@ Usage: cargo xtask TASK
   bench        paired runs against qemu-img; --help lists its options
   soak         the randomised tests for longer: [--minutes N] [--seed N]
   peers        install or name the peers only
+  golden       make the golden images anew with the installed tools
 ";
 
 fn main() -> ExitCode {
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         "conformance" => suite::conformance(&rest),
         "bench" => bench::run(&rest),
         "soak" => suite::soak(&rest),
+        "golden" => golden::make(),
         "peers" => peers::install().map(|_| ()),
         "" | "help" | "-h" | "--help" => {
             print!("{HELP}");

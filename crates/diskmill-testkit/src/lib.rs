@@ -7,6 +7,7 @@
 pub mod contract;
 pub mod ext4;
 pub mod fault;
+pub mod golden;
 pub mod hash;
 pub mod host;
 pub mod model;

@@ -12,7 +12,7 @@ use std::path::Path;
 pub const GRAIN: u64 = 4096;
 
 /// The step in which the character of the disk changes, in bytes.
-const REGION: u64 = 1 << 20;
+const REGION: u64 = 128 << 10;
 
 /// What a grain holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +62,10 @@ impl SparseRandom {
 
     /// What the grain around `at` holds.
     pub fn kind(&self, at: u64) -> Kind {
+        if at < GRAIN {
+            // A disk starts with something, however small it is.
+            return Kind::Records;
+        }
         let region = self.number(1, at / REGION);
         let grain = self.number(2, at / GRAIN);
         // Neighbouring grains go together in runs of 1 to 16.
@@ -232,9 +236,9 @@ mod tests {
 
     #[test]
     fn reads_the_same_at_any_place() {
-        let disk = SparseRandom::new(1, 3 * REGION + 777);
+        let disk = SparseRandom::new(1, 24 * REGION + 777);
         let whole = disk.bytes();
-        for (at, len) in [(0, 1), (4095, 2), (REGION - 3, 9000), (3 * REGION, 777)] {
+        for (at, len) in [(0, 1), (4095, 2), (REGION - 3, 9000), (24 * REGION, 777)] {
             let mut part = vec![1; len];
             disk.read_at(at, &mut part);
             assert_eq!(part, whole[at as usize..at as usize + len], "{at} {len}");
@@ -246,7 +250,7 @@ mod tests {
 
     #[test]
     fn has_every_kind() {
-        let disk = SparseRandom::new(7, 64 * REGION);
+        let disk = SparseRandom::new(7, 512 * REGION);
         let kinds: Vec<Kind> = (0..disk.size() / GRAIN)
             .map(|grain| disk.kind(grain * GRAIN))
             .collect();
@@ -259,7 +263,7 @@ mod tests {
     #[test]
     fn a_raw_file_holds_it_and_is_sparse() {
         let scratch = Scratch::new();
-        let disk = SparseRandom::new(7, 16 * REGION + 512);
+        let disk = SparseRandom::new(7, 128 * REGION + 512);
         let path = scratch.join("a.raw");
         disk.write_raw(&path);
         disk.assert_raw(&path);
@@ -270,7 +274,7 @@ mod tests {
     #[should_panic(expected = "Mismatch { at: 5000")]
     fn one_wrong_byte_is_found() {
         let scratch = Scratch::new();
-        let disk = SparseRandom::new(7, 2 * REGION);
+        let disk = SparseRandom::new(7, 16 * REGION);
         let path = scratch.join("a.raw");
         disk.write_raw(&path);
         let mut byte = [0];

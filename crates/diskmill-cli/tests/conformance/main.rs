@@ -7,6 +7,7 @@
 mod agree;
 mod chains;
 mod disk;
+mod golden;
 mod guest;
 mod hostile;
 mod interrupt;
