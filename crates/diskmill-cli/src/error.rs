@@ -201,7 +201,7 @@ fn chain(error: &Error) -> String {
         }
         next = source.source();
     }
-    escape(&text).into_owned()
+    escape(&reason::unsupported(error.kind(), text)).into_owned()
 }
 
 /// What a person could do about it.

@@ -1,5 +1,5 @@
 use std::ffi::OsString;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Instant;
 
 use clap::Args;
@@ -152,7 +152,7 @@ struct Settings {
     cache: Option<CacheMode>,
     sparse: u64,
     workers: Option<NonZeroUsize>,
-    rate: Option<u64>,
+    rate: Option<NonZeroU64>,
     snapshot: Option<String>,
 }
 
@@ -177,7 +177,7 @@ impl ConvertArgs {
         };
         let rate = match &self.rate {
             None => None,
-            Some(text) => Some(keyval::bytes("rate limit", text)?).filter(|rate| *rate > 0),
+            Some(text) => NonZeroU64::new(keyval::bytes("rate limit", text)?),
         };
         keyval::objects(&self.object)?;
         let conflict = [
@@ -323,6 +323,9 @@ impl ConvertArgs {
         new.options = settings.options.clone();
         new.backing = self.backing.clone();
         new.backing_format = self.backing_format.clone();
+        if let Some(cache) = settings.cache {
+            new.cache = cache;
+        }
         Ok(Output::New(new))
     }
 
@@ -379,7 +382,7 @@ fn to_json(name: &str, format: &str, summary: &Summary, began: Instant) -> Json 
         ("seconds", Json::Real(seconds)),
     ];
     if let Some(why) = &summary.in_place {
-        pairs.push(("written-in-place", Json::text(why)));
+        pairs.push(("written-in-place", Json::text(why.to_string())));
     }
     Json::ordered(pairs)
 }

@@ -81,9 +81,6 @@ impl Run for CreateArgs {
             request.durability = Durability::None;
         }
         let creation = plan(&request).map_err(named)?;
-        for warning in &creation.warnings {
-            ui.warn(warning);
-        }
         let shown = creation.shown.clone();
         if ui.drop_in() && !self.quiet {
             ui.print(formatting(&name.to_string_lossy(), format, &shown))?;

@@ -2,8 +2,9 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 
 use clap::Args;
+use diskmill::open::OpenError;
 use diskmill::ops::info::{ImageInfo, gather};
-use diskmill_core::{SnapshotFacts, Value};
+use diskmill_core::{Error, SnapshotFacts, Value};
 
 use super::{JsonArgs, Run, Source, TrustArgs, wants_json};
 use crate::clock;
@@ -60,7 +61,7 @@ impl Run for InfoArgs {
             ..Source::default()
         };
         let request = source.request(name, &self.trust, ui)?;
-        let infos = gather(&request, self.backing_chain).map_err(|error| Failure::open(name, error))?;
+        let infos = gather(&request, self.backing_chain).map_err(|error| failed(name, error))?;
         let text = match (json, infos.as_slice()) {
             (true, [only]) if !self.backing_chain => to_json(only).pretty(),
             (true, all) => Json::List(all.iter().map(to_json).collect()).pretty(),
@@ -71,6 +72,20 @@ impl Run for InfoArgs {
         };
         ui.print(text)?;
         Ok(Exit::OK)
+    }
+}
+
+/// Names the image of the chain that did not open.
+fn failed(name: &OsString, error: Error) -> Failure {
+    if matches!(error.find::<OpenError>(), Some(OpenError::Loop(_))) {
+        return Failure::from(error);
+    }
+    match &error.context().path {
+        Some(path) if path.as_os_str() != name.as_os_str() => {
+            let path = path.clone().into_os_string();
+            Failure::open(&path, error)
+        }
+        _ => Failure::open(name, error),
     }
 }
 

@@ -6,6 +6,7 @@ use diskmill::ops::resize::{NewSize, Preallocation, ResizeError, ResizeRequest, 
 use diskmill_core::parse_size;
 
 use super::{JsonArgs, NATIVE, Run, Source, TrustArgs, wants_json};
+use crate::compat::reason;
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
@@ -98,13 +99,9 @@ fn new_size(text: &str) -> Result<NewSize, Failure> {
         [b'-', ..] => (NewSize::Shrink, &text[1..]),
         _ => (NewSize::To, text),
     };
-    parse_size(digits).map(make).ok_or_else(|| {
-        Failure::usage(
-            "Parameter 'size' expects a non-negative number below 2^64\n\
-             Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
-             and exabytes, respectively.",
-        )
-    })
+    parse_size(digits)
+        .map(make)
+        .ok_or_else(|| Failure::usage(reason::bad_size("size")))
 }
 
 fn tell(ui: &Ui, warning: &OpenWarning) {

@@ -4,8 +4,10 @@ use std::error::Error as StdError;
 use std::io;
 
 use diskmill::open::OpenError;
+use diskmill::ops::create::CreateError;
 use diskmill::spec::SpecError;
-use diskmill_core::{Error, ErrorKind};
+use diskmill_core::{Error, ErrorKind, OptionError};
+use diskmill_storage::NotADisk;
 
 /// The reason behind `error`. `name` is what the message has already named: the user's word for the image.
 pub fn text(error: &Error, name: Option<&str>) -> String {
@@ -20,6 +22,12 @@ pub fn text(error: &Error, name: Option<&str>) -> String {
     }
     if error.kind() == ErrorKind::Locked {
         return lock_text(error, name);
+    }
+    if error.find::<NotADisk>().is_some() {
+        return format!(
+            "'file' driver requires '{}' to be a regular file",
+            name.unwrap_or_default()
+        );
     }
     if let Some(text) = known_text(error) {
         return text;
@@ -56,6 +64,7 @@ fn spec_text(spec: &SpecError) -> String {
         SpecError::NeitherDriverNorFile => "Must specify either driver or file".to_owned(),
         SpecError::NoSuchNode(node) => format!("Cannot find device='{node}' nor node-name='{node}'"),
         SpecError::Json(why) => format!("Could not parse the JSON options: JSON parse error, {why}"),
+        SpecError::NotAnObject => "Invalid JSON object given".to_owned(),
         SpecError::UnknownOption { driver, option } => {
             format!("Block format '{driver}' does not support the option '{option}'")
         }
@@ -66,28 +75,10 @@ fn spec_text(spec: &SpecError) -> String {
 /// Texts that scripts look for, from the typed errors of operations.
 fn known_text(error: &Error) -> Option<String> {
     use diskmill::ops::convert::ConvertError;
-    use diskmill::ops::create::CreateError;
     use diskmill::ops::resize::ResizeError;
 
     if let Some(create) = error.find::<CreateError>() {
-        return Some(match create {
-            CreateError::UnknownFormat(format) => format!("Unknown file format '{format}'"),
-            CreateError::NotCreatable(format) => {
-                format!("Format driver '{format}' does not support image creation")
-            }
-            CreateError::NoBacking(format) => {
-                format!("Backing file not supported for file format '{format}'")
-            }
-            CreateError::BackingFormatMissing => "Backing file specified without backing format".to_owned(),
-            CreateError::UnknownBackingFormat(format) => {
-                format!("Unknown driver '{format}'\nCould not open backing image.")
-            }
-            CreateError::BackedByItself => {
-                "Error: Trying to create an image with the same filename as the backing file".to_owned()
-            }
-            CreateError::SizeMissing => "Image creation needs a size parameter".to_owned(),
-            other => capital(&other.to_string()),
-        });
+        return Some(create_text(create));
     }
     if let Some(convert) = error.find::<ConvertError>() {
         return Some(match convert {
@@ -95,6 +86,9 @@ fn known_text(error: &Error) -> Option<String> {
             ConvertError::TargetTooSmall { .. } => "output file is smaller than input file".to_owned(),
             other => capital(&other.to_string()),
         });
+    }
+    if let Some(option) = error.find::<OptionError>() {
+        return Some(option_text(option));
     }
     if let Some(resize) = error.find::<ResizeError>() {
         return Some(match resize {
@@ -107,6 +101,57 @@ fn known_text(error: &Error) -> Option<String> {
         });
     }
     None
+}
+
+fn create_text(create: &CreateError) -> String {
+    match create {
+        CreateError::UnknownFormat(format) => format!("Unknown file format '{format}'"),
+        CreateError::NotCreatable(format) => {
+            format!("Format driver '{format}' does not support image creation")
+        }
+        CreateError::NoBacking(format) => format!("Backing file not supported for file format '{format}'"),
+        CreateError::BackingFormatMissing { detected } => {
+            let more = match detected {
+                Some(format) => format!("\nDetected format of {format}."),
+                None => String::new(),
+            };
+            format!("Backing file specified without backing format{more}")
+        }
+        CreateError::Backing(inner) => format!("{}\nCould not open backing image.", text(inner, None)),
+        CreateError::BackedByItself => {
+            "Error: Trying to create an image with the same filename as the backing file".to_owned()
+        }
+        CreateError::SizeMissing => "Image creation needs a size parameter".to_owned(),
+        CreateError::SizeTwice => "The image size must be specified only once".to_owned(),
+        other => capital(&other.to_string()),
+    }
+}
+
+fn option_text(option: &OptionError) -> String {
+    match option {
+        OptionError::Unknown(name) => format!("Invalid parameter '{name}'"),
+        OptionError::Range { name, .. } if name == "cluster_size" => {
+            "Cluster size must be a power of two between 512 and 2048k".to_owned()
+        }
+        OptionError::Value { name, expected, .. } if *expected == "'on' or 'off'" => {
+            format!("Parameter '{name}' expects 'on' or 'off'")
+        }
+        OptionError::Value { name, expected, .. } if expected.contains("suffix") => bad_size(name),
+        OptionError::Value { name, value, .. } => {
+            let name = if name == "compat" { "version" } else { name };
+            format!("Parameter '{name}' does not accept value '{value}'")
+        }
+        other => capital(&other.to_string()),
+    }
+}
+
+/// What is said of a size that is none.
+pub fn bad_size(name: &str) -> String {
+    format!(
+        "Parameter '{name}' expects a non-negative number below 2^64\n\
+         Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
+         and exabytes, respectively."
+    )
 }
 
 fn lock_text(error: &Error, name: Option<&str>) -> String {
@@ -153,9 +198,19 @@ fn plain_text(error: &Error) -> String {
         parts.push(source.to_string());
         next = source.source();
     }
-    match parts.as_slice() {
-        [] => capital(&error.to_string()),
-        parts => capital(&parts.join(": ")),
+    let text = match parts.as_slice() {
+        [] => error.to_string(),
+        parts => parts.join(": "),
+    };
+    capital(&unsupported(error.kind(), text))
+}
+
+/// `text`, saying so where it only names what is not supported.
+pub fn unsupported(kind: ErrorKind, text: String) -> String {
+    if kind == ErrorKind::Unsupported && !text.contains("support") {
+        format!("not supported yet: {text}")
+    } else {
+        text
     }
 }
 
