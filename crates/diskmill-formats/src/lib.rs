@@ -25,4 +25,4 @@ pub mod qcow2;
 pub mod raw;
 pub mod registry;
 
-pub use probe::{Probed, probe, recognise};
+pub use probe::{Foreign, ForeignKind, Probed, probe, recognise};

@@ -1,6 +1,6 @@
 //! L1 and L2 entries: what a guest cluster is, and where. No I/O.
 
-#![deny(clippy::arithmetic_side_effects)]
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 use diskmill_core::{Error, ErrorKind, Format, GuestOffset, HostOffset};
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use diskmill_core::{
     Access, Driver, Error, ErrorKind, Format, HostOffset, OpenSpec, Parsed, Result, Sample, Storage,
 };
-use diskmill_formats::registry;
+use diskmill_formats::{ForeignKind, registry};
 use diskmill_storage::{CacheMode, File, FileOptions, LockPlan};
 
 use super::{OpenError, OpenRequest};
@@ -68,7 +68,14 @@ impl Understood {
             Some(driver) => driver,
             None => {
                 let found = probe(&file)?;
-                looks_like = found.foreign.or(found.also.map(|driver| driver.format().name()));
+                if let Some(foreign) = found.foreign.filter(|foreign| foreign.kind == ForeignKind::Disk) {
+                    let text = format!("it is {}, a format that is not supported yet", foreign.name);
+                    return Err(Error::new(ErrorKind::Unsupported, text)
+                        .op("open")
+                        .path(&spec.file.path));
+                }
+                let foreign = found.foreign.map(|foreign| foreign.name);
+                looks_like = foreign.or(found.also.map(|driver| driver.format().name()));
                 found.driver
             }
         };
