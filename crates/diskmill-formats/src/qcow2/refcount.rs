@@ -190,15 +190,20 @@ impl Refcounts {
         bytes: Vec<u8>,
         dirty: Range<usize>,
     ) -> Result<()> {
-        while self.blocks.len() >= self.capacity {
-            let oldest = self.blocks.iter().min_by_key(|(_, block)| block.used);
-            let Some(oldest) = oldest.map(|(index, _)| *index) else {
-                break;
-            };
-            if let Some(block) = self.blocks.get_mut(&oldest) {
-                write_block(fence, block)?;
+        if self.blocks.len() >= self.capacity {
+            // Several at once, so that looking for the oldest is not the work of every call.
+            let mut ages: Vec<(u64, u64)> = self
+                .blocks
+                .iter()
+                .map(|(index, block)| (block.used, *index))
+                .collect();
+            ages.sort_unstable();
+            for (_, oldest) in ages.into_iter().take(self.capacity / 4 + 1) {
+                if let Some(block) = self.blocks.get_mut(&oldest) {
+                    write_block(fence, block)?;
+                }
+                self.blocks.remove(&oldest);
             }
-            self.blocks.remove(&oldest);
         }
         let used = self.clock;
         let block = Block {

@@ -31,6 +31,10 @@ fn refuse(error: ResizeError) -> Error {
 impl Image {
     /// Gives the disk another size, rounded up to a sector. All of its clusters are held.
     pub(super) fn resize_held(&self, size: u64, below: &Chain) -> Result<()> {
+        let old = self.size.load(Ordering::Acquire);
+        if size.checked_next_multiple_of(SECTOR) == Some(old) {
+            return Ok(());
+        }
         if self.has_snapshots && self.geometry.version() == Version::V2 {
             return Err(refuse(ResizeError::OldSnapshots));
         }
@@ -43,11 +47,10 @@ impl Image {
         if entries > max || rounded > i64::MAX as u64 {
             return Err(refuse(ResizeError::TooLarge { size, entries, max }));
         }
-        let old = self.size.load(Ordering::Acquire);
-        match rounded.cmp(&old) {
-            std::cmp::Ordering::Equal => Ok(()),
-            std::cmp::Ordering::Greater => self.grow(old, rounded, entries, below),
-            std::cmp::Ordering::Less => self.shrink(old, rounded, below),
+        if rounded > old {
+            self.grow(old, rounded, entries, below)
+        } else {
+            self.shrink(old, rounded, below)
         }
     }
 

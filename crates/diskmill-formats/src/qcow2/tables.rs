@@ -228,17 +228,16 @@ impl Tables {
         if !self.l2.values().any(|table| table.dirty.is_empty()) {
             self.write_back(false)?;
         }
-        while self.l2.len() >= self.capacity {
-            let oldest = self
-                .l2
-                .iter()
-                .filter(|(_, table)| table.dirty.is_empty())
-                .min_by_key(|(_, table)| table.used)
-                .map(|(at, _)| *at);
-            match oldest {
-                Some(at) => self.l2.remove(&at),
-                None => break,
-            };
+        // Several at once, so that looking for the oldest is not the work of every call.
+        let mut ages: Vec<(u64, u64)> = self
+            .l2
+            .iter()
+            .filter(|(_, table)| table.dirty.is_empty())
+            .map(|(at, table)| (table.used, *at))
+            .collect();
+        ages.sort_unstable();
+        for (_, oldest) in ages.into_iter().take(self.capacity / 4 + 1) {
+            self.l2.remove(&oldest);
         }
         Ok(())
     }

@@ -72,6 +72,7 @@ impl Image {
         }
         let granule = 1u64 << self.geometry.granule_bits();
         let size = self.size.load(Ordering::Acquire);
+        let limit = range.end;
         // Behind the end of the disk nothing has to be kept.
         let end = if range.end >= size {
             range.end.next_multiple_of(granule)
@@ -84,7 +85,7 @@ impl Image {
             return self.zero_part(range.start..end, how, below);
         }
         self.zero_part(range.start..first, how, below)?;
-        self.zero_whole(first..last, how, below)?;
+        self.zero_whole(first..last, limit, how, below)?;
         self.zero_part(last..end, how, below)
     }
 
@@ -98,14 +99,14 @@ impl Image {
         let size = self.size.load(Ordering::Acquire);
         let end = (start + granule).min(size.max(part.end));
         if self.reads_zero(start..part.start, below)? && self.reads_zero(part.end..end, below)? {
-            self.zero_whole(start..start + granule, how, below)
+            self.zero_whole(start..start + granule, end, how, below)
         } else {
             self.write_zeros(part, below)
         }
     }
 
-    /// Zeros whole granules.
-    fn zero_whole(&self, range: Range<u64>, how: ZeroHow, below: &Chain) -> Result<()> {
+    /// Zeros whole granules. Where that takes data, none is written from `limit` on.
+    fn zero_whole(&self, range: Range<u64>, limit: u64, how: ZeroHow, below: &Chain) -> Result<()> {
         let cluster = self.geometry.cluster_size();
         let bare = below.is_empty() && !self.backed;
         let mut at = range.start;
@@ -123,8 +124,7 @@ impl Image {
                 Ok(done)
             })?;
             if done == Done::NeedsData && !self.reads_zero(at..end, below)? {
-                let size = self.size.load(Ordering::Acquire);
-                self.write_zeros(at..end.min(size.max(at)), below)?;
+                self.write_zeros(at..end.min(limit), below)?;
             }
             at = end;
         }

@@ -168,6 +168,9 @@ pub fn reads_through_the_chain(layer: &Arc<dyn Layer>, below: &Chain, expected: 
 #[track_caller]
 pub fn same(start: u64, expected: &[u8], found: &[u8]) {
     assert_eq!(expected.len(), found.len());
+    if expected == found {
+        return;
+    }
     if let Some(index) = expected.iter().zip(found).position(|(a, b)| a != b) {
         let differ = expected.iter().zip(found).filter(|(a, b)| a != b).count();
         panic!(

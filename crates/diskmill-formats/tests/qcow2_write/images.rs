@@ -1,0 +1,402 @@
+//! Images made by QEMU's tools, of every kind a writer must cope with.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use diskmill_core::{
+    Chain, CheckReport, EncodedKind, Encoder, Job, LayerMut, OpenSpec, Result, Role, Storage, StorageMut,
+};
+use diskmill_formats::codec::{Codec, UnitEncoder};
+use diskmill_formats::registry;
+use diskmill_storage::Memory;
+use diskmill_testkit::{Scratch, contract, oracle};
+
+/// How an image is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Kind {
+    /// What it shows.
+    pub name: &'static str,
+    /// `-o` of `qemu-img create`.
+    pub options: &'static str,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes and format of the image below.
+    pub backing: Option<(u64, &'static str)>,
+    /// What happens to it before it is handed over.
+    pub setup: Setup,
+}
+
+/// What happens to an image before a test gets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Setup {
+    /// Nothing.
+    Empty,
+    /// Some data, zeros and discards.
+    Used,
+    /// As used, then a snapshot, then some more.
+    Snapshot,
+    /// All compressed.
+    Compressed,
+}
+
+const fn kind(name: &'static str, options: &'static str, size: u64, setup: Setup) -> Kind {
+    Kind {
+        name,
+        options,
+        size,
+        backing: None,
+        setup,
+    }
+}
+
+const fn over(
+    name: &'static str,
+    options: &'static str,
+    size: u64,
+    backing: (u64, &'static str),
+    setup: Setup,
+) -> Kind {
+    Kind {
+        name,
+        options,
+        size,
+        backing: Some(backing),
+        setup,
+    }
+}
+
+const K: u64 = 1024;
+const M: u64 = 1 << 20;
+
+/// Every kind.
+pub const KINDS: &[Kind] = &[
+    kind("cluster 512", "cluster_size=512", 200 * K + 512, Setup::Used),
+    kind("cluster 4k", "cluster_size=4k", 600 * K, Setup::Used),
+    kind("default", "", 1500 * K, Setup::Empty),
+    kind("cluster 2M", "cluster_size=2M", 7 * M, Setup::Used),
+    kind(
+        "refcount 1",
+        "cluster_size=512,refcount_bits=1",
+        200 * K,
+        Setup::Used,
+    ),
+    kind(
+        "refcount 2",
+        "cluster_size=512,refcount_bits=2",
+        100 * K,
+        Setup::Snapshot,
+    ),
+    kind(
+        "refcount 4",
+        "cluster_size=1k,refcount_bits=4",
+        100 * K,
+        Setup::Snapshot,
+    ),
+    kind(
+        "refcount 8",
+        "cluster_size=512,refcount_bits=8",
+        100 * K,
+        Setup::Compressed,
+    ),
+    kind(
+        "refcount 32",
+        "cluster_size=4k,refcount_bits=32",
+        300 * K,
+        Setup::Snapshot,
+    ),
+    kind(
+        "refcount 64",
+        "cluster_size=512,refcount_bits=64",
+        100 * K,
+        Setup::Snapshot,
+    ),
+    kind("version 2", "compat=0.10,cluster_size=4k", 300 * K, Setup::Used),
+    kind(
+        "version 2 snapshot",
+        "compat=0.10,cluster_size=512",
+        100 * K,
+        Setup::Snapshot,
+    ),
+    kind("compressed", "cluster_size=4k", 300 * K, Setup::Compressed),
+    kind("zstd", "compression_type=zstd", 700 * K, Setup::Compressed),
+    kind(
+        "subclusters",
+        "extended_l2=on,cluster_size=16k",
+        500 * K,
+        Setup::Used,
+    ),
+    kind(
+        "subclusters snapshot",
+        "extended_l2=on,cluster_size=16k",
+        500 * K,
+        Setup::Snapshot,
+    ),
+    kind(
+        "subclusters compressed",
+        "extended_l2=on,cluster_size=64k",
+        500 * K,
+        Setup::Compressed,
+    ),
+    kind("lazy", "lazy_refcounts=on,cluster_size=4k", 300 * K, Setup::Used),
+    kind(
+        "preallocated",
+        "preallocation=metadata,cluster_size=4k",
+        300 * K,
+        Setup::Empty,
+    ),
+    kind(
+        "data file",
+        "data_file=DATA,cluster_size=4k",
+        300 * K,
+        Setup::Used,
+    ),
+    kind(
+        "raw data file",
+        "data_file=DATA,data_file_raw=on,cluster_size=4k",
+        300 * K,
+        Setup::Used,
+    ),
+    over(
+        "over raw",
+        "cluster_size=4k",
+        300 * K + 512,
+        (250 * K, "raw"),
+        Setup::Used,
+    ),
+    over(
+        "over longer",
+        "cluster_size=4k",
+        150 * K + 512,
+        (300 * K, "qcow2"),
+        Setup::Snapshot,
+    ),
+    over(
+        "version 2 over raw",
+        "compat=0.10,cluster_size=4k",
+        300 * K,
+        (250 * K, "raw"),
+        Setup::Used,
+    ),
+    over(
+        "subclusters over raw",
+        "extended_l2=on,cluster_size=16k",
+        500 * K + 512,
+        (410 * K, "raw"),
+        Setup::Used,
+    ),
+];
+
+/// The kind called `name`.
+pub fn named(name: &str) -> Kind {
+    *KINDS.iter().find(|kind| kind.name == name).expect("a kind")
+}
+
+/// An image as bytes, with all that belongs to it.
+#[derive(Debug)]
+pub struct Image {
+    pub kind: Kind,
+    scratch: Scratch,
+    /// The bytes of its file, and of its data file.
+    pub files: Vec<Vec<u8>>,
+    /// What is below it.
+    pub below: Chain,
+    /// What the disk reads as.
+    pub start: Vec<u8>,
+    /// Bytes of a cluster.
+    pub unit: u64,
+}
+
+fn pattern(len: u64) -> Vec<u8> {
+    (0..len).map(|at| (at / 700 % 250) as u8 + 1).collect()
+}
+
+impl Kind {
+    /// Makes the image.
+    pub fn make(&self) -> Image {
+        let scratch = Scratch::new();
+        let (main, data) = (scratch.join("image.qcow2"), scratch.join("image.data"));
+        let options = self.options.replace("DATA", data.to_str().expect("a plain path"));
+        let size = self.size.to_string();
+        let mut below = Chain::default();
+        if let Some((len, format)) = self.backing {
+            let raw = scratch.file("base.raw", &pattern(len));
+            let path = if format == "raw" {
+                raw
+            } else {
+                let path = scratch.join("base.qcow2");
+                oracle::convert(["-c"], &raw, "raw", &path, format);
+                path
+            };
+            oracle::create_overlay(&main, &options, &path, format, Some(&size));
+            let file: Arc<dyn Storage> = Arc::new(Memory::from(std::fs::read(&path).expect("read")));
+            let how = OpenSpec::default();
+            let driver = registry::by_name(format).expect("a driver");
+            let parsed = driver.parse(Arc::clone(&file), &how).expect("parse");
+            below = Chain::new(vec![
+                parsed.attach(vec![(Role::Main, file)], &how).expect("attach"),
+            ]);
+        } else if self.setup == Setup::Compressed {
+            let raw = scratch.file("start.raw", &pattern(self.size));
+            oracle::convert(["-c", "-o", &options], &raw, "raw", &main, "qcow2");
+        } else {
+            oracle::create(&main, "qcow2", &options, &size);
+        }
+        let at = |part: u64| self.size / 16 * part / 512 * 512;
+        if self.setup == Setup::Used || self.setup == Setup::Snapshot {
+            let first = [
+                format!("write -P 1 {} {}", at(1), at(3)),
+                format!("write -P 2 {} 512", at(6)),
+                format!("write -z {} {}", at(7), at(2)),
+                format!("discard {} {}", at(2), at(1)),
+            ];
+            oracle::io(&main, "qcow2", first);
+        }
+        if self.setup == Setup::Snapshot {
+            oracle::qemu_img().args(["snapshot", "-c", "one"]).arg(&main).ok();
+            let then = [
+                format!("write -P 3 {} {}", at(3), at(1)),
+                format!("write -P 4 {} {}", at(10), at(2)),
+            ];
+            oracle::io(&main, "qcow2", then);
+        }
+        let flat = scratch.join("flat.raw");
+        oracle::convert([""; 0], &main, "qcow2", &flat, "raw");
+        let mut files = vec![std::fs::read(&main).expect("read the image")];
+        if self.options.contains("DATA") {
+            files.push(std::fs::read(&data).expect("read the data file"));
+        }
+        let unit = oracle::info(&main, "qcow2", false)["cluster-size"]
+            .as_u64()
+            .expect("a cluster size");
+        Image {
+            kind: *self,
+            start: std::fs::read(flat).expect("read the disk"),
+            scratch,
+            files,
+            below,
+            unit,
+        }
+    }
+}
+
+/// Storages of an image.
+pub type Disks = Vec<Arc<dyn StorageMut>>;
+
+/// Fresh storages that hold `files`.
+pub fn memory(files: &[Vec<u8>]) -> Disks {
+    files
+        .iter()
+        .map(|bytes| Arc::new(Memory::from(bytes.as_slice())) as Arc<dyn StorageMut>)
+        .collect()
+}
+
+/// The bytes of storages.
+pub fn bytes(disks: &Disks) -> Vec<Vec<u8>> {
+    disks
+        .iter()
+        .map(|disk| {
+            let mut bytes = vec![0; disk.len().expect("length") as usize];
+            disk.read_at(Default::default(), &mut bytes).expect("read");
+            bytes
+        })
+        .collect()
+}
+
+const ROLES: [Role; 2] = [Role::Main, Role::Data];
+
+/// How the tests open images.
+pub fn how() -> OpenSpec {
+    let mut how = OpenSpec::default();
+    how.unmap = true;
+    how
+}
+
+/// Opens an image for writing.
+pub fn open(disks: &Disks) -> Result<Arc<dyn LayerMut>> {
+    let driver = registry::by_name("qcow2").expect("a driver");
+    let parsed = driver.parse(Arc::clone(&disks[0]) as Arc<dyn Storage>, &how())?;
+    let files = ROLES.into_iter().zip(disks.iter().cloned()).collect();
+    parsed.attach_mut(files, &how())
+}
+
+/// What our own check finds.
+pub fn check(files: &[Vec<u8>]) -> Result<CheckReport> {
+    let driver = registry::by_name("qcow2").expect("a driver");
+    let disks: Vec<Arc<dyn Storage>> = files
+        .iter()
+        .map(|bytes| Arc::new(Memory::from(bytes.as_slice())) as Arc<dyn Storage>)
+        .collect();
+    let mut how = how();
+    how.for_check = true;
+    let parsed = driver.parse(Arc::clone(&disks[0]), &how)?;
+    let files = ROLES.into_iter().zip(disks).collect();
+    parsed.check(files, &how, Job::silent())
+}
+
+/// Demands that our check finds nothing.
+#[track_caller]
+pub fn assert_clean(files: &[Vec<u8>]) {
+    let report = check(files).expect("check");
+    assert_eq!(
+        (report.check_errors, report.corruptions, report.leaks),
+        (0, 0, 0),
+        "{:#?}",
+        report.findings
+    );
+}
+
+impl Image {
+    /// Puts `files` where QEMU's tools can look at them, in the place of the image they were made of.
+    pub fn dump(&self, files: &[Vec<u8>]) -> PathBuf {
+        for (name, bytes) in ["image.qcow2", "image.data"].iter().zip(files) {
+            self.scratch.file(name, bytes);
+        }
+        self.scratch.join("image.qcow2")
+    }
+
+    /// Demands that QEMU finds nothing wrong with `files`, and that it reads `expected` from them.
+    #[track_caller]
+    pub fn assert_good(&self, files: &[Vec<u8>], expected: &[u8]) {
+        assert_clean(files);
+        let path = self.dump(files);
+        oracle::assert_clean(&path, "qcow2");
+        let raw = self.scratch.file("expected.raw", expected);
+        oracle::assert_identical(&path, "qcow2", raw, "raw");
+        if self.kind.name == "raw data file" {
+            assert!(files[1] == expected, "the data file is a raw image of the disk");
+        }
+        if self.kind.setup == Setup::Snapshot {
+            // What the snapshot holds must not have changed.
+            let (old, new) = (self.scratch.join("old.raw"), self.scratch.join("new.raw"));
+            for (bytes, to) in [(&self.files, &old), (&files.to_vec(), &new)] {
+                let path = self.dump(bytes);
+                oracle::convert(["-l", "one"], &path, "qcow2", to, "raw");
+            }
+            // QEMU reads it at the size the disk has now.
+            let [old, new] = [old, new].map(|path| std::fs::read(path).expect("read"));
+            let len = old.len().min(new.len());
+            contract::layer::same(0, &old[..len], &new[..len]);
+        }
+    }
+
+    /// Compresses a cluster as the image wants it.
+    pub fn pack(&self, unit: &[u8]) -> Option<Vec<u8>> {
+        if self.kind.options.contains("DATA") {
+            return None;
+        }
+        let codec = if self.kind.options.contains("zstd") {
+            Codec::zstd(None)
+        } else {
+            Codec::deflate(None)
+        };
+        let mut encoder = UnitEncoder::new(Some(codec.expect("a codec"))).expect("an encoder");
+        let mut packed = Vec::new();
+        match encoder.encode(unit, &mut packed).expect("encode") {
+            EncodedKind::Packed { len } => {
+                packed.truncate(len);
+                Some(packed)
+            }
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! Random operations, each image against a vector of bytes and against QEMU.
+
+use std::sync::Arc;
+
+use diskmill_core::{Layer, ZeroHow};
+use diskmill_testkit::contract;
+use diskmill_testkit::model::{Model, Op};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+use super::images::{self, Image, KINDS, Kind, Setup};
+
+/// Operations on a disk of up to `size` bytes, in steps of `unit`.
+pub fn ops(kind: Kind, unit: u64) -> impl Strategy<Value = Vec<Op>> {
+    let size = kind.size;
+    // Places are random to the sector or on a cluster; lengths from a sector to several clusters.
+    let place = prop_oneof![
+        (0..size / 512).prop_map(|sector| sector * 512),
+        (0..size.div_ceil(unit)).prop_map(move |cluster| cluster * unit),
+        0..size,
+    ];
+    let len = prop_oneof![
+        1..5000_u64,
+        (1..8_u64).prop_map(|sectors| sectors * 512),
+        (1..6_u64).prop_map(move |clusters| clusters * unit),
+        unit..unit * 3,
+    ];
+    let how = prop_oneof![Just(ZeroHow::KeepAllocated), Just(ZeroHow::MayUnmap)];
+    let fixed_size = kind.setup == Setup::Snapshot && kind.options.contains("0.10");
+    let resize = (1..size * 5 / 4 / 512).prop_map(move |sectors| Op::Resize {
+        size: if fixed_size { size } else { sectors * 512 },
+    });
+    let op = prop_oneof![
+        12 => (place.clone(), len.clone(), any::<u8>()).prop_map(|(at, len, fill)| Op::Write { at, len, fill }),
+        4 => (place.clone(), any::<u8>()).prop_map(|(at, fill)| Op::Packed { at, fill }),
+        5 => (place.clone(), len.clone(), how).prop_map(|(at, len, how)| Op::Zero { at, len, how }),
+        4 => (place, len).prop_map(|(at, len)| Op::Discard { at, len }),
+        3 => Just(Op::Flush),
+        2 => Just(Op::Reopen),
+        2 => resize,
+        1 => Just(Op::Clear),
+    ];
+    proptest::collection::vec(op, 1..40)
+}
+
+/// Does `ops` to the image, comparing after each, and hands the result to both checkers.
+fn follow(image: &Image, ops: &[Op]) {
+    let disks = images::memory(&image.files);
+    let mut layer = images::open(&disks).expect("open");
+    let mut model = Model::new(image.start.clone());
+    for (step, op) in ops.iter().enumerate() {
+        if *op == Op::Clear && image.kind.name == "raw data file" {
+            continue;
+        }
+        if *op == Op::Reopen {
+            layer.flush().expect("flush");
+            drop(layer);
+            images::assert_clean(&images::bytes(&disks));
+            layer = images::open(&disks).expect("open again");
+        }
+        model
+            .apply(op, &layer, &image.below, image.unit, &|unit| image.pack(unit))
+            .unwrap_or_else(|error| panic!("step {step}, {op:?}: {error:?}"));
+        model.assert_reads(&layer, &image.below);
+    }
+    contract::layer::all(
+        &(Arc::clone(&layer) as Arc<dyn Layer>),
+        &image.below,
+        model.bytes(),
+    );
+    layer.flush().expect("flush");
+    drop(layer);
+    image.assert_good(&images::bytes(&disks), model.bytes());
+}
+
+fn run(kind: &Kind, cases: u32) {
+    let image = kind.make();
+    follow(&image, &[]);
+    let config = Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    // The same operations every time: a failure can be seen again.
+    let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+    runner
+        .run(&ops(*kind, image.unit), |ops| {
+            follow(&image, &ops);
+            Ok(())
+        })
+        .unwrap_or_else(|error| panic!("{}: {error}", kind.name));
+}
+
+#[test]
+fn images_of_every_kind_follow_the_model() {
+    for kind in KINDS {
+        run(kind, if kind.size > 2 << 20 { 3 } else { 6 });
+    }
+}
