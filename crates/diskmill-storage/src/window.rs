@@ -9,6 +9,8 @@ use diskmill_core::{
     Error, ErrorKind, Hints, HostOffset, HostRun, RawFile, Result, Storage, StorageMut, ZeroHow,
 };
 
+use crate::CannotGrow;
+
 /// The bytes of another storage from some offset on: a fixed number of them, or all there are and will be.
 #[derive(Debug)]
 pub struct Window<S: ?Sized> {
@@ -158,10 +160,7 @@ impl<S: StorageMut + ?Sized> StorageMut for Window<S> {
         match self.len {
             None => self.inner.set_len(self.start.plus(len)?.get()),
             Some(own) if len <= own => Ok(()),
-            Some(own) => {
-                let text = format!("a window of {own} bytes cannot grow to {len}");
-                Err(Error::new(ErrorKind::Usage, text).op("resize"))
-            }
+            Some(own) => Err(CannotGrow::error(own, len)),
         }
     }
 

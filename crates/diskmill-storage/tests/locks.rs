@@ -7,6 +7,7 @@ use std::process::Child;
 
 use diskmill_core::ErrorKind;
 use diskmill_storage::{File, FileOptions, LockByteError, LockError, LockPlan, StageOptions, Staged};
+use diskmill_testkit::host::Loop;
 use diskmill_testkit::oracle::{self, Holder, qemu_img, qemu_io};
 use diskmill_testkit::{Run, Scratch};
 
@@ -315,4 +316,24 @@ fn a_target_that_comes_into_use_meanwhile_is_not_replaced() {
     drop(holder);
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
     assert_eq!(scratch.names(), ["disk.qcow2"]);
+}
+
+#[test]
+fn devices_are_locked_as_files_are() {
+    let scratch = Scratch::new();
+    let device = Loop::attach(scratch.hole("device", 1 << 20), 512);
+    {
+        let _holder = Holder::qemu_io(device.path(), "raw", &[]);
+        assert_eq!(
+            refusal(device.path(), LockPlan::WRITE),
+            "failed to get shared \"write\" lock"
+        );
+        let error = Staged::create(device.path(), &StageOptions::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Locked);
+    }
+    let _ours = File::open(device.path(), &options(LockPlan::WRITE)).unwrap();
+    let change = qemu_io()
+        .args(["-f", "raw", "-c", "write 0 512"])
+        .arg(device.path());
+    demand(change, "Failed to get \"write\" lock");
 }

@@ -32,7 +32,7 @@ use rustix::fs::{self, FileType, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::lock::{self, LockPlan};
-use crate::{CacheMode, device};
+use crate::{CacheMode, NoDirect, NotADisk, device};
 use direct::Direct;
 use holes::Holes;
 
@@ -105,15 +105,6 @@ pub struct FileId {
     pub ino: u64,
 }
 
-/// The name stands for something that holds no disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("it is a {what}, not a regular file or block device")]
-#[non_exhaustive]
-pub struct NotADisk {
-    /// What it is instead: `directory`, `character device`, `fifo`, `socket` or `file of unknown type`.
-    pub what: &'static str,
-}
-
 /// What a host file is to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -134,7 +125,7 @@ impl Kind {
             FileType::Socket => "socket",
             _ => "file of unknown type",
         };
-        Err(Error::new(ErrorKind::Usage, NotADisk { what }))
+        Err(NotADisk::error(what))
     }
 }
 
@@ -183,22 +174,11 @@ impl File {
 
     fn open_at(path: &Path, options: &FileOptions) -> Result<Self> {
         Kind::of(&fs::stat(path).map_err(IoError::from)?)?;
-        let mut flags = options.flags() | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let mut refused = None;
-        let fd = loop {
-            match retry_on_intr(|| fs::open(path, flags, Mode::empty())) {
-                Ok(fd) => break fd,
-                // Of a regular file the kernel says so, of a device node only the driver could.
-                Err(Errno::INVAL) if flags.contains(OFlags::DIRECT) => {
-                    refused = Some(Errno::INVAL);
-                    flags -= OFlags::DIRECT;
-                }
-                Err(errno) => return Err(IoError::from(errno).into()),
-            }
-        };
-        if refused.is_some() {
-            return Err(no_direct());
-        }
+        let flags = options.flags() | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let fd = retry_on_intr(|| fs::open(path, flags, Mode::empty())).map_err(|errno| match errno {
+            Errno::INVAL if options.cache.is_direct() => NoDirect::error(),
+            _ => IoError::from(errno).into(),
+        })?;
         Self::from_fd(fd, path, options)
     }
 
@@ -334,6 +314,12 @@ impl File {
         self.sync_by(|fd| fs::fsync(fd))
     }
 
+    /// Behaves from here on as after a flush that failed.
+    #[cfg(test)]
+    pub(crate) fn pretend_sync_failed(&self, errno: Errno) {
+        self.failed_sync.get_or_init(|| errno);
+    }
+
     fn sync_by(&self, call: impl Fn(&OwnedFd) -> Result<(), Errno>) -> Result<()> {
         if let Some(errno) = self.failed_sync.get() {
             return Err(self.fail("sync", None, *errno));
@@ -397,14 +383,6 @@ impl File {
             None => error,
         }
     }
-}
-
-#[cold]
-pub(crate) fn no_direct() -> Error {
-    Error::new(
-        ErrorKind::Unsupported,
-        "the file system does not support reading and writing past the page cache (O_DIRECT)",
-    )
 }
 
 impl AsFd for File {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
-use diskmill_core::{Error, ErrorKind, Result, ZeroHow};
+use diskmill_core::{HostRun, Result, ZeroHow};
 use rustix::fs::ftruncate;
 use rustix::io::{Errno, retry_on_intr};
 
@@ -13,7 +13,7 @@ use super::direct::Held;
 use super::io::write_full;
 use super::{Call, File, Kind, end_of};
 use crate::buffer::zeros;
-use crate::{device, os};
+use crate::{CannotGrow, device, os};
 
 /// Slices of zeros in one write: 1 MiB.
 const ZERO_SLICES: usize = 16;
@@ -60,8 +60,7 @@ impl File {
             if len <= own {
                 return Ok(());
             }
-            let text = format!("a device of {own} bytes cannot grow to {len}");
-            return Err(Error::new(ErrorKind::Usage, text).op("resize").path(&self.path));
+            return Err(CannotGrow::error(own, len).path(&self.path));
         }
         let _held = self.hold(&(0..u64::MAX));
         end_of(len, 0)
@@ -189,8 +188,8 @@ impl File {
         while at < range.end {
             let run = self.find_run(at).map_err(|_| Errno::IO)?;
             let (len, hole) = match run {
-                diskmill_core::HostRun::Hole(len) => (len, true),
-                diskmill_core::HostRun::Data(len) => (len, false),
+                HostRun::Hole(len) => (len, true),
+                HostRun::Data(len) => (len, false),
                 _ => return Err(Errno::OPNOTSUPP),
             };
             let end = at.saturating_add(len).min(range.end);

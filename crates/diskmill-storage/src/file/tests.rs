@@ -337,7 +337,7 @@ fn a_failed_flush_is_for_good() {
     let scratch = Scratch::new();
     let file = open(scratch.file("disk", b""), CacheMode::Writeback);
     file.sync().unwrap();
-    file.failed_sync.set(Errno::IO).unwrap();
+    file.pretend_sync_failed(Errno::IO);
     for _ in 0..2 {
         let error = file.sync().unwrap_err();
         assert_eq!(error.context().op, Some("sync"));
@@ -378,6 +378,11 @@ fn where_there_is_no_direct_io_it_is_refused_by_name() {
     let options = FileOptions::read(LockPlan::READ).cache(CacheMode::None);
     let error = File::open(&path, &options).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error:?}");
+    assert!(error.find::<NoDirect>().is_some());
+    let options = crate::StageOptions::new().cache(CacheMode::None);
+    let error = crate::Staged::create(ram.path().join("new"), &options).unwrap_err();
+    assert!(error.find::<NoDirect>().is_some());
+    assert!(!ram.path().join("new").exists());
 }
 
 #[test]

@@ -18,6 +18,11 @@ pub(crate) fn seek_hole(fd: BorrowedFd<'_>, at: u64) -> Result<u64> {
     fs::seek(fd, SeekFrom::Hole(at))
 }
 
+/// Whether `path` is on the file system whose links lead to open files.
+pub(crate) fn is_proc(path: &Path) -> bool {
+    fs::statfs(path).is_ok_and(|found| found.f_type == fs::PROC_SUPER_MAGIC)
+}
+
 /// Whether bytes that were written but have no place on the disk yet are called a hole.
 ///
 /// ext4 does so for files mapped by indirect blocks, as on a file system made for ext2 or ext3 (seen on Linux 6.18).

@@ -48,3 +48,7 @@ pub(crate) fn is_nocow(_: BorrowedFd<'_>) -> bool {
 pub(crate) fn hides_new_data(_: BorrowedFd<'_>) -> bool {
     false
 }
+
+pub(crate) fn is_proc(_: &Path) -> bool {
+    false
+}

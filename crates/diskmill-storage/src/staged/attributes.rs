@@ -22,7 +22,12 @@ pub(super) fn copy(old: BorrowedFd<'_>, old_stat: &Stat, new: BorrowedFd<'_>) ->
     }
     copy_extended(old, new).map_err(|_| InPlace::Attributes)?;
     // Last: a change of owner takes set-id bits away, an access list changes the bits of the group.
-    fs::fchmod(new, Mode::from_raw_mode(old_stat.st_mode & 0o7777)).map_err(|_| InPlace::Attributes)
+    let mode = |raw| Mode::from_raw_mode(raw & 0o7777);
+    let new_stat = fs::fstat(new).map_err(|_| InPlace::Attributes)?;
+    if mode(new_stat.st_mode) == mode(old_stat.st_mode) {
+        return Ok(());
+    }
+    fs::fchmod(new, mode(old_stat.st_mode)).map_err(|_| InPlace::Attributes)
 }
 
 /// Attributes that speak of the content, which is another one now; the kernel drops or renews them on a write too.

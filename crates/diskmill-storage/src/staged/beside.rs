@@ -12,7 +12,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::{InPlace, StageOptions, attributes, host};
 use crate::lock::{self, LockPlan};
-use crate::{CacheMode, File, FileOptions, os};
+use crate::{CacheMode, File, FileOptions, NoDirect, os};
 
 /// The mode of a new file, which the process's mask then lessens.
 const MODE: Mode = Mode::from_raw_mode(0o644);
@@ -51,7 +51,11 @@ impl Beside {
             Some(old) if old.is_block_device() => return Ok(Err(InPlace::Device)),
             old => old,
         };
-        let (parent, name) = follow(target)?;
+        let (parent, name) = match follow(target)? {
+            Stands::ByName(parent, name) => (parent, name),
+            Stands::ForOpenFile if old.is_some() => return Ok(Err(InPlace::OpenFile)),
+            Stands::ForOpenFile => return Err(host(Errno::NOENT)),
+        };
         let dir = open_dir(&parent)?;
         let old_stat = match &old {
             Some(old) => {
@@ -71,7 +75,7 @@ impl Beside {
             Err(Errno::ACCESS | Errno::PERM | Errno::ROFS) if old.is_some() => {
                 return Ok(Err(InPlace::Directory));
             }
-            Err(Errno::INVAL) if options.cache.is_direct() => return Err(crate::file::no_direct()),
+            Err(Errno::INVAL) if options.cache.is_direct() => return Err(NoDirect::error()),
             Err(errno) => return Err(host(errno)),
         };
         // From here on dropping it removes the name.
@@ -236,8 +240,15 @@ fn open_old(target: &Path, options: &StageOptions) -> Result<Option<File>> {
 /// Symbolic links that are followed before there must be a loop.
 const MOST_LINKS: usize = 40;
 
-/// The directory and name that `target` stands for, which need not exist.
-fn follow(target: &Path) -> Result<(PathBuf, PathBuf)> {
+/// What a name is once all symbolic links are followed.
+enum Stands {
+    /// A directory and a name in it, which need not exist.
+    ByName(PathBuf, PathBuf),
+    /// A file that a process has open, which may have any name or none: `/dev/fd/3`, `/dev/stdout`.
+    ForOpenFile,
+}
+
+fn follow(target: &Path) -> Result<Stands> {
     let mut path = target.to_owned();
     for _ in 0..MOST_LINKS {
         let parent = match path.parent() {
@@ -245,11 +256,12 @@ fn follow(target: &Path) -> Result<(PathBuf, PathBuf)> {
             _ => PathBuf::from("."),
         };
         match fs::readlink(&path, Vec::new()) {
+            Ok(_) if os::is_proc(&parent) => return Ok(Stands::ForOpenFile),
             Ok(link) => path = parent.join(OsStr::from_bytes(link.to_bytes())),
             Err(Errno::INVAL | Errno::NOENT) => {
                 let ends_in_name = !path.as_os_str().as_bytes().ends_with(b"/");
                 return match path.file_name() {
-                    Some(name) if ends_in_name => Ok((parent, PathBuf::from(name))),
+                    Some(name) if ends_in_name => Ok(Stands::ByName(parent, PathBuf::from(name))),
                     _ => Err(host(Errno::ISDIR)),
                 };
             }

@@ -107,6 +107,8 @@ pub enum InPlace {
     Attributes,
     /// Nothing can be created in its directory.
     Directory,
+    /// It was named as a file that a process has open, and whoever has it open is to see the new bytes.
+    OpenFile,
 }
 
 impl fmt::Display for InPlace {
@@ -118,6 +120,7 @@ impl fmt::Display for InPlace {
             Self::Owner => "it belongs to somebody else",
             Self::Attributes => "its attributes cannot be given to a new file",
             Self::Directory => "nothing can be created in its directory",
+            Self::OpenFile => "it is named as an open file",
         })
     }
 }

@@ -397,3 +397,31 @@ fn two_at_once_do_not_meet() {
     stage(&target).commit(Durability::None).unwrap();
     assert_eq!(scratch.names(), ["disk"]);
 }
+
+#[test]
+fn a_file_named_by_its_descriptor_is_written_in_place() {
+    use std::os::fd::AsRawFd;
+    let scratch = Scratch::new();
+    let target = scratch.file("disk", b"the old content");
+    let open = std::fs::File::open(&target).unwrap();
+    for folder in ["/dev/fd", "/proc/self/fd"] {
+        let name = format!("{folder}/{}", open.as_raw_fd());
+        let staged = stage(Path::new(&name));
+        assert_eq!(staged.in_place(), Some(InPlace::OpenFile));
+        staged.commit(Durability::None).unwrap();
+        assert_eq!(open.metadata().unwrap().len(), 3, "whoever has it open sees it");
+    }
+    assert_eq!(std::fs::read(&target).unwrap(), b"new");
+}
+
+#[test]
+fn a_flush_that_fails_leaves_the_old_file() {
+    let scratch = Scratch::new();
+    let target = scratch.file("disk", b"old");
+    let staged = stage(&target);
+    staged.file().pretend_sync_failed(Errno::IO);
+    let error = staged.commit(Durability::Synced).unwrap_err();
+    assert_eq!(error.context().op, Some("sync"));
+    assert_eq!(std::fs::read(&target).unwrap(), b"old");
+    assert_eq!(scratch.names(), ["disk"]);
+}
