@@ -44,7 +44,7 @@ pub struct ConvertArgs {
     #[arg(long)]
     target_image_opts: bool,
     /// Options of the target's format, name=value,...; 'list' shows them
-    #[arg(short, long, alias = "options", value_name = "TGT_OPTS")]
+    #[arg(short = 'o', long, alias = "options", value_name = "TGT_OPTS")]
     target_options: Vec<String>,
     /// Compress the target's data
     #[arg(short, long)]
