@@ -32,7 +32,7 @@ impl RefcountPlace {
         let Some(allocated) = main.allocated()? else {
             return Ok(false);
         };
-        let stored = allocated.div_ceil(self.cluster_size);
+        let stored = allocated / self.cluster_size;
         let limit = (stored.saturating_mul(10) / 9).max(stored.saturating_add(2));
         let file_len = main.len()?;
         if file_len.div_ceil(self.cluster_size) < limit {
@@ -45,7 +45,7 @@ impl RefcountPlace {
         let mut block = vec![0; usize::try_from(self.cluster_size).unwrap_or(0)];
         let mut in_use: u64 = 0;
         // A block that is no hole takes space itself, so there cannot be more of them than clusters stored.
-        let mut left = stored;
+        let mut left = stored.saturating_add(1);
         for entry in table.as_chunks::<8>().0 {
             let at = HostOffset::new(u64::from_be_bytes(*entry));
             if at == HostOffset::ZERO || at.get() >= file_len || left == 0 {

@@ -248,7 +248,7 @@ impl Shared<'_> {
                 status.data,
                 status.compressed,
             );
-            (flags, status.span.is_some(), ends)
+            (flags, status.span.is_some() && !status.past_end, ends)
         };
         what(first) == what(second)
     }

@@ -116,7 +116,7 @@ impl<'a> Walker<'a> {
             span: None,
         };
         match found.state {
-            _ if found.past_end => {}
+            _ if found.past_end => self.look_for_kept(&mut status, at)?,
             State::Data(span) => {
                 status.data = true;
                 status.span = Some(span);
@@ -129,11 +129,7 @@ impl<'a> Walker<'a> {
             State::Absent => {
                 status.present = false;
                 status.zero = true;
-                if let Some(base) = self.chain.layers().get(found.depth) {
-                    let (span, len) = base.kept(at, found.len)?;
-                    status.len = len.clamp(1, found.len);
-                    status.span = span;
-                }
+                self.look_for_kept(&mut status, at)?;
             }
             State::Compressed(_) => {
                 status.data = true;
@@ -143,6 +139,16 @@ impl<'a> Walker<'a> {
             _ => status.data = true,
         }
         Ok(status)
+    }
+
+    /// Bytes that nobody has may have a place in the last layer that was asked.
+    fn look_for_kept(&self, status: &mut Status, at: GuestOffset) -> Result<()> {
+        if let Some(layer) = self.chain.layers().get(status.asked()) {
+            let (span, len) = layer.kept(at, status.len)?;
+            status.len = len.clamp(1, status.len);
+            status.span = span;
+        }
+        Ok(())
     }
 
     /// Stored bytes that are a hole of the host read as zeros.
@@ -175,9 +181,15 @@ impl<'a> Walker<'a> {
     }
 }
 
+impl Status {
+    /// Index of the last layer that was asked. Nobody asks a layer for what is past its end.
+    fn asked(&self) -> usize {
+        self.depth.saturating_sub(usize::from(self.past_end))
+    }
+}
+
 fn entry(image: &Image, at: u64, status: Status) -> MapEntry {
-    // Nobody has what is past a layer's end: the layer above it is the last that was asked.
-    let depth = status.depth.saturating_sub(usize::from(status.past_end));
+    let depth = status.asked();
     let files = image.nodes.get(depth).map(|node| &node.files);
     let filename = status
         .span

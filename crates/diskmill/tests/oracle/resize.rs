@@ -1,0 +1,147 @@
+//! `qemu-img resize`.
+
+use diskmill::open::OpenWarning;
+use diskmill::ops::resize::{NewSize, Preallocation, ResizeError, ResizeRequest, Resized, run};
+use diskmill_core::{Error, Result};
+use diskmill_testkit::{Scratch, oracle};
+
+use crate::gallery::{Picture, request};
+
+fn resize(picture: &Picture, size: NewSize, shrink: bool, preallocation: Preallocation) -> Result<Resized> {
+    let mut request = ResizeRequest::new(request(picture), size);
+    request.shrink = shrink;
+    request.preallocation = preallocation;
+    run(&request, &mut |warning| panic!("{warning:?}"))
+}
+
+fn why(error: &Error) -> &ResizeError {
+    error.find().unwrap_or_else(|| panic!("{error:?}"))
+}
+
+#[test]
+fn raw_grows_and_shrinks_to_the_byte() {
+    let scratch = Scratch::new();
+    let picture = Picture {
+        path: scratch.hole("x.raw", 1 << 20),
+        format: "raw",
+    };
+    let len = || std::fs::metadata(&picture.path).unwrap().len();
+    resize(&picture, NewSize::To(1000), true, Preallocation::Off).unwrap();
+    assert_eq!(len(), 1000);
+    resize(&picture, NewSize::To(5000), false, Preallocation::Off).unwrap();
+    assert_eq!(len(), 5000);
+    let done = resize(&picture, NewSize::Grow(512), false, Preallocation::Off).unwrap();
+    assert_eq!((done.from, done.to, len()), (5120, 5632, 5632));
+    resize(&picture, NewSize::Shrink(632), true, Preallocation::Off).unwrap();
+    assert_eq!(len(), 5000);
+}
+
+#[test]
+fn raw_preallocates() {
+    let scratch = Scratch::new();
+    for (name, how) in [("falloc", Preallocation::Falloc), ("full", Preallocation::Full)] {
+        let ours = Picture {
+            path: scratch.hole(&format!("ours-{name}"), 1 << 20),
+            format: "raw",
+        };
+        let theirs = scratch.hole(&format!("theirs-{name}"), 1 << 20);
+        resize(&ours, NewSize::To(3 << 20), false, how).unwrap();
+        oracle::qemu_img()
+            .args(["resize", "-q", "-f", "raw", "--preallocation", name])
+            .arg(&theirs)
+            .arg("3M")
+            .ok();
+        use std::os::unix::fs::MetadataExt;
+        let of = |path: &std::path::Path| {
+            let data = std::fs::metadata(path).unwrap();
+            (data.len(), data.blocks())
+        };
+        assert_eq!(of(&ours.path), of(&theirs), "{name}");
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_and_changes_nothing() {
+    let scratch = Scratch::new();
+    let raw = Picture {
+        path: scratch.hole("x.raw", 1 << 20),
+        format: "raw",
+    };
+    let refused = |size, shrink, how| resize(&raw, size, shrink, how).unwrap_err();
+    let error = refused(NewSize::To(4096), false, Preallocation::Off);
+    assert_eq!(
+        *why(&error),
+        ResizeError::WouldShrink {
+            from: 1 << 20,
+            to: 4096
+        }
+    );
+    let error = refused(NewSize::Shrink(1 << 20), true, Preallocation::Off);
+    assert_eq!(*why(&error), ResizeError::NotPositive);
+    let error = refused(NewSize::To(4096), true, Preallocation::Falloc);
+    assert_eq!(*why(&error), ResizeError::PreallocationOnShrink);
+    let error = refused(NewSize::To(2 << 20), true, Preallocation::Metadata);
+    assert_eq!(*why(&error), ResizeError::Preallocation("metadata"));
+    assert_eq!(std::fs::metadata(&raw.path).unwrap().len(), 1 << 20);
+}
+
+#[test]
+fn a_guess_of_raw_is_warned_of() {
+    let scratch = Scratch::new();
+    let path = scratch.hole("x.raw", 1 << 20);
+    let spec = diskmill::spec::ImageSpec::from_path(&path);
+    let request = ResizeRequest::new(diskmill::open::OpenRequest::new(spec), NewSize::Grow(512));
+    let mut warnings = Vec::new();
+    run(&request, &mut |warning| warnings.push(warning.clone())).unwrap();
+    let name = path.to_str().unwrap().to_owned();
+    assert_eq!(warnings, [OpenWarning::GuessedRaw { name }]);
+}
+
+#[test]
+fn qcow2_grows_like_the_real_tool_grows_it() {
+    let scratch = Scratch::new();
+    for (index, options) in [
+        "",
+        "cluster_size=512",
+        "compat=0.10",
+        "extended_l2=on",
+        "refcount_bits=64",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let path = scratch.join(format!("{index}.qcow2"));
+        oracle::create(&path, "qcow2", options, "1M");
+        oracle::io(&path, "qcow2", ["write -P 7 0 1M"]);
+        let picture = Picture {
+            path,
+            format: "qcow2",
+        };
+        let done = resize(&picture, NewSize::To(300 << 20), false, Preallocation::Off).unwrap();
+        assert_eq!((done.from, done.to), (1 << 20, 300 << 20), "{options}");
+        oracle::assert_clean(&picture.path, "qcow2");
+        oracle::io(
+            &picture.path,
+            "qcow2",
+            ["read -P 7 0 1M", "read -P 0 1M 299M", "write -P 9 299M 1M"],
+        );
+        oracle::assert_clean(&picture.path, "qcow2");
+    }
+}
+
+#[test]
+fn qcow2_above_a_longer_backing_image_grows_with_zeros() {
+    let scratch = Scratch::new();
+    let base = scratch.join("base.raw");
+    oracle::create(&base, "raw", "", "4M");
+    oracle::io(&base, "raw", ["write -P 5 0 4M"]);
+    let path = scratch.join("top.qcow2");
+    oracle::create_overlay(&path, "", &base, "raw", Some("1M"));
+    let picture = Picture {
+        path,
+        format: "qcow2",
+    };
+    resize(&picture, NewSize::To(6 << 20), false, Preallocation::Off).unwrap();
+    oracle::assert_clean(&picture.path, "qcow2");
+    oracle::io(&picture.path, "qcow2", ["read -P 5 0 1M", "read -P 0 1M 5M"]);
+}
