@@ -198,9 +198,11 @@ impl File {
             }
             _ => fd,
         };
-        // Only the opening must not wait; reading and writing may.
-        let flags = fs::fcntl_getfl(&fd).map_err(IoError::from)?;
-        fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK).map_err(IoError::from)?;
+        // Only the opening must not wait; reading and writing may, and with a regular file they always do.
+        if kind != Kind::Regular {
+            let flags = fs::fcntl_getfl(&fd).map_err(IoError::from)?;
+            fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK).map_err(IoError::from)?;
+        }
         let id = match kind {
             Kind::Device { .. } => FileId {
                 dev: stat.st_rdev,

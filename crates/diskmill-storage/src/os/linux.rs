@@ -1,5 +1,4 @@
 //! Linux.
-#![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;

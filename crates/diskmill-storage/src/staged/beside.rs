@@ -224,6 +224,16 @@ impl Drop for Beside {
     }
 }
 
+/// A file in `dir` that has no name, or loses it before anybody can know it.
+pub(super) fn open_nameless(dir: &Path) -> Result<OwnedFd> {
+    let dir = open_dir(dir)?;
+    let (fd, part) = open_new(dir.as_fd(), Path::new("diskmill"), &StageOptions::new()).map_err(host)?;
+    if let Some(part) = part {
+        fs::unlinkat(&dir, part, AtFlags::empty()).map_err(host)?;
+    }
+    Ok(fd)
+}
+
 /// Opens an old target as QEMU would, for writing, and takes its locks. `None` if there is none.
 ///
 /// By its full name, so that the kernel's rules for links in directories that all may write to apply.
@@ -259,6 +269,9 @@ fn follow(target: &Path) -> Result<Stands> {
             Ok(_) if os::is_proc(&parent) => return Ok(Stands::ForOpenFile),
             Ok(link) => path = parent.join(OsStr::from_bytes(link.to_bytes())),
             Err(Errno::INVAL | Errno::NOENT) => {
+                if path.as_os_str().is_empty() {
+                    return Err(host(Errno::NOENT));
+                }
                 let ends_in_name = !path.as_os_str().as_bytes().ends_with(b"/");
                 return match path.file_name() {
                     Some(name) if ends_in_name => Ok(Stands::ByName(parent, PathBuf::from(name))),

@@ -247,6 +247,16 @@ impl Staged {
     }
 }
 
+impl File {
+    /// A new file without a name in the directory `dir`: it is gone when it is closed, or the process is killed.
+    pub fn temporary(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        beside::open_nameless(dir)
+            .and_then(|fd| Self::from_fd(fd, dir, &FileOptions::write(LockPlan::NONE)))
+            .map_err(|error| error.op("create a temporary file in").path(dir))
+    }
+}
+
 /// Names the target in an error.
 fn at(target: &Path) -> impl FnOnce(Error) -> Error + '_ {
     move |error| error.op("rename to").path(target)

@@ -1,7 +1,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::time::Duration;
 
-use diskmill_core::{ErrorKind, HostOffset};
+use diskmill_core::{ErrorKind, HostOffset, Storage};
 use diskmill_testkit::host::{Loop, Mount};
 use diskmill_testkit::{Run, Scratch};
 use rustix::fs::{Gid, Uid, XattrFlags};
@@ -424,4 +424,16 @@ fn a_flush_that_fails_leaves_the_old_file() {
     assert_eq!(error.context().op, Some("sync"));
     assert_eq!(std::fs::read(&target).unwrap(), b"old");
     assert_eq!(scratch.names(), ["disk"]);
+}
+
+#[test]
+fn a_temporary_file_has_no_name() {
+    for scratch in folders() {
+        let file = File::temporary(scratch.path()).unwrap();
+        file.write_at(HostOffset::new(5), b"x").unwrap();
+        assert_eq!(file.len().unwrap(), 6);
+        assert!(scratch.names().is_empty());
+        let error = File::temporary(scratch.join("missing")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+    }
 }

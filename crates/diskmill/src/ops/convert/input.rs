@@ -10,7 +10,7 @@ use diskmill_core::{
     StorageMut,
 };
 use diskmill_formats::registry;
-use diskmill_storage::{PipeIn, StageOptions, Staged};
+use diskmill_storage::{File, PipeIn};
 
 use super::source::Source;
 use super::work::is_zero;
@@ -71,12 +71,13 @@ const SPOOL_STEP: usize = 64 << 10;
 
 /// Keeps a stream in an unnamed file near `near`, for a target that must know the size first.
 pub(super) fn spool(stream: &mut dyn ForwardSource, near: &Path, job: Job<'_>) -> Result<Source> {
-    let name = Path::new("diskmill-stdin");
-    let beside = near.parent().map_or_else(|| name.into(), |dir| dir.join(name));
-    // It never takes its name; a directory of devices has no room for it.
-    let staged = Staged::create(&beside, &StageOptions::new())
-        .or_else(|_| Staged::create(Path::new("/var/tmp").join(name), &StageOptions::new()))?;
-    let file: Arc<dyn StorageMut> = staged.storage();
+    let beside = match near.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    // A directory of devices has no room for it.
+    let file = File::temporary(beside).or_else(|_| File::temporary("/var/tmp"))?;
+    let file: Arc<dyn StorageMut> = Arc::new(file);
     let mut buf = vec![0; SPOOL_CHUNK];
     let mut end: u64 = 0;
     loop {
