@@ -137,7 +137,9 @@ pub fn snapshot(text: &str) -> Result<String, Failure> {
     let id = options.take("snapshot.id");
     let name = options.take("snapshot.name");
     if let Some((unknown, _)) = options.iter().next() {
-        return Err(Failure::usage(format!("Invalid parameter '{unknown}'")));
+        return Err(Failure::usage(format!(
+            "Invalid parameter '{unknown}'\nqemu-img: Failed in parsing snapshot param '{text}'"
+        )));
     }
     id.or(name)
         .ok_or_else(|| Failure::usage(format!("Failed in parsing snapshot param '{text}'")))

@@ -122,6 +122,13 @@ impl Progress {
         &self.signals
     }
 
+    /// Shows that all is done, unless that has been shown.
+    pub fn complete_once(&self) {
+        if self.shown().percent < 100.0 {
+            self.complete();
+        }
+    }
+
     /// Shows that all is done.
     pub fn complete(&self) {
         let mut shown = self.shown();

@@ -118,7 +118,7 @@ impl CompareArgs {
                 ui.print("Warning: Image size mismatch!\n")?;
             }
             if verdict.difference.is_none() {
-                progress.complete();
+                progress.complete_once();
             }
             ui.print(to_text(verdict))?;
         }

@@ -1,11 +1,14 @@
 use std::ffi::OsString;
 use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::Path;
 use std::time::Instant;
 
 use clap::Args;
-use diskmill::ops::convert::{ExistingImage, Input, NewImage, Output, Plan, Summary, run};
+use diskmill::open::{self, OpenRequest};
+use diskmill::ops::convert::{ConvertError, ExistingImage, Input, NewImage, Output, Plan, Summary, run};
+use diskmill::ops::create::CreateError;
 use diskmill::spec::ImageSpec;
-use diskmill_core::{Compression, Durability};
+use diskmill_core::{Compression, Durability, ErrorKind, Format, OptionError, Options};
 use diskmill_storage::CacheMode;
 
 use super::{JsonArgs, NATIVE, Run, Source, TrustArgs, creation_options, wants_json};
@@ -120,7 +123,7 @@ impl Run for ConvertArgs {
         let Some(options) = creation_options(ui, &self.target_options, format, has_target)? else {
             return Ok(Exit::OK);
         };
-        let settings = self.settings(options)?;
+        let settings = self.settings(options, format)?;
         let (target, sources) = match self.names.split_last() {
             Some((target, sources)) if !sources.is_empty() => (target, sources),
             _ => return Err(Failure::usage("Must specify image file name")),
@@ -148,7 +151,7 @@ impl Run for ConvertArgs {
 
 /// What the options come to, apart from names.
 struct Settings {
-    options: diskmill_core::Options,
+    options: Options,
     cache: Option<CacheMode>,
     sparse: u64,
     workers: Option<NonZeroUsize>,
@@ -158,7 +161,7 @@ struct Settings {
 
 impl ConvertArgs {
     /// Checks what can be checked without looking at files, in the order the real tool does.
-    fn settings(&self, options: diskmill_core::Options) -> Result<Settings, Failure> {
+    fn settings(&self, options: Options, format: &str) -> Result<Settings, Failure> {
         let snapshot = self
             .source_snapshot
             .as_deref()
@@ -203,7 +206,11 @@ impl ConvertArgs {
             ),
             (
                 self.target_image_opts && self.target_format.is_some(),
-                "Cannot use --target-image-opts with -O",
+                "--image-opts and --format are mutually exclusive",
+            ),
+            (
+                self.backing_format.is_some() && self.backing.is_none() && format == "raw" && !self.no_create,
+                "Backing file format not supported for file format 'raw'",
             ),
             (
                 self.no_create && !options.is_empty(),
@@ -285,6 +292,9 @@ impl ConvertArgs {
         };
         let mut request = source.request(name, &self.trust, ui)?;
         request.hold = true;
+        if !ui.drop_in() {
+            refuse_containers(name, &request)?;
+        }
         Ok(Input::Image(Box::new(request)))
     }
 
@@ -322,7 +332,9 @@ impl ConvertArgs {
         let mut new = NewImage::new(spec, format);
         new.options = settings.options.clone();
         new.backing = self.backing.clone();
-        new.backing_format = self.backing_format.clone();
+        if self.backing.is_some() || !ui.drop_in() {
+            new.backing_format = self.backing_format.clone();
+        }
         if let Some(cache) = settings.cache {
             new.cache = cache;
         }
@@ -338,16 +350,55 @@ impl ConvertArgs {
         format: &str,
     ) -> Failure {
         let path = error.context().path.clone();
-        let is = |name: &OsString| {
-            path.as_deref()
-                .is_some_and(|path| path == std::path::Path::new(name))
-        };
-        match (error.context().op, sources.iter().find(|name| is(name))) {
-            (Some("open"), Some(name)) => Failure::open(name, error),
-            (Some("open"), None) if self.no_create && is(target) => Failure::open(target, error),
+        let is = |name: &OsString| path.as_deref().is_some_and(|path| path == Path::new(name));
+        let opening = error.context().op == Some("open") || error.kind() == ErrorKind::Locked;
+        if is_about_the_request(&error) {
+            return Failure::from(error);
+        }
+        match sources.iter().find(|name| is(name)) {
+            Some(name) if opening && !is(target) => Failure::open(name, error),
+            _ if opening && self.no_create && is(target) => Failure::open(target, error),
             _ if is(target) => converting(error, target, format),
+            Some(name) if opening => Failure::open(name, error),
             _ => Failure::from(error),
         }
+    }
+}
+
+/// Whether what was asked for makes no sense, whatever the files hold.
+fn is_about_the_request(error: &diskmill_core::Error) -> bool {
+    let create = matches!(
+        error.find::<CreateError>(),
+        Some(
+            CreateError::UnknownFormat(_)
+                | CreateError::NotCreatable(_)
+                | CreateError::NoBacking(_)
+                | CreateError::BackingFormatMissing { .. }
+        )
+    );
+    create
+        || error.find::<ConvertError>().is_some()
+        || matches!(error.find::<OptionError>(), Some(OptionError::Unknown(_)))
+}
+
+/// An archive or a compressed file taken for a raw disk gives a disk of rubbish: say so instead.
+fn refuse_containers(name: &OsString, request: &OpenRequest) -> Result<(), Failure> {
+    if request.format.is_some() || request.spec.driver.is_some() {
+        return Ok(());
+    }
+    let mut request = request.clone();
+    request.backing = false;
+    request.hold = false;
+    let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
+    match image.nodes.first() {
+        Some(node) if node.facts.format == Format::Raw => match node.looks_like {
+            Some(what) => Err(Failure::usage(format!(
+                "'{}' looks like {what}, not a disk image; say --source-format raw to copy it as it is",
+                name.to_string_lossy()
+            ))),
+            None => Ok(()),
+        },
+        _ => Ok(()),
     }
 }
 

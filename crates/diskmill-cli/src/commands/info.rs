@@ -63,8 +63,8 @@ impl Run for InfoArgs {
         let request = source.request(name, &self.trust, ui)?;
         let infos = gather(&request, self.backing_chain).map_err(|error| failed(name, error))?;
         let text = match (json, infos.as_slice()) {
-            (true, [only]) if !self.backing_chain => to_json(only).pretty(),
-            (true, all) => Json::List(all.iter().map(to_json).collect()).pretty(),
+            (true, [only]) if !self.backing_chain => to_json(only, ui).pretty(),
+            (true, all) => Json::List(all.iter().map(|info| to_json(info, ui)).collect()).pretty(),
             (false, all) => {
                 let texts: Vec<_> = all.iter().map(|info| to_text(info, ui)).collect();
                 texts.join("\n")
@@ -90,7 +90,7 @@ fn failed(name: &OsString, error: Error) -> Failure {
 }
 
 /// What `info --output=json` shows of an image or file.
-fn to_json(info: &ImageInfo) -> Json {
+fn to_json(info: &ImageInfo, ui: &Ui) -> Json {
     let mut pairs = vec![
         ("filename", Json::text(&info.filename)),
         ("format", Json::text(&info.format)),
@@ -129,9 +129,17 @@ fn to_json(info: &ImageInfo) -> Json {
     let children = info
         .children
         .iter()
-        .map(|child| Json::object([("name", Json::text(&child.name)), ("info", to_json(&child.info))]))
+        .map(|child| {
+            Json::object([
+                ("name", Json::text(&child.name)),
+                ("info", to_json(&child.info, ui)),
+            ])
+        })
         .collect();
     pairs.push(("children", Json::List(children)));
+    if let (Some(name), false) = (info.looks_like, ui.drop_in()) {
+        pairs.push(("looks-like", Json::text(name)));
+    }
     Json::object(pairs)
 }
 
@@ -166,7 +174,15 @@ fn value_json(value: &Value) -> Json {
 fn to_text(info: &ImageInfo, ui: &Ui) -> String {
     let mut out = Text::default();
     out.line(0, format_args!("image: {}", ui.name(&info.filename)));
-    out.line(0, format_args!("file format: {}", info.format));
+    match info.looks_like {
+        Some(name) if !ui.drop_in() => {
+            out.line(
+                0,
+                format_args!("file format: {}, but it looks like {name}", info.format),
+            );
+        }
+        _ => out.line(0, format_args!("file format: {}", info.format)),
+    }
     out.line(
         0,
         format_args!(

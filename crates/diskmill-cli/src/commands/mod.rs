@@ -255,3 +255,27 @@ pub fn driver(name: &str) -> Result<&'static dyn diskmill_core::Driver, Failure>
     diskmill_formats::registry::by_name(name)
         .ok_or_else(|| Failure::usage(format!("Unknown file format '{name}'")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definitions_are_sound() {
+        program().debug_assert();
+    }
+
+    #[test]
+    fn every_option_has_a_long_name_and_a_help_text() {
+        for spec in &COMMANDS {
+            for arg in spec.definition().get_arguments() {
+                assert!(
+                    arg.is_positional() || arg.get_long().is_some(),
+                    "{} {arg}",
+                    spec.name
+                );
+                assert!(arg.get_help().is_some(), "{} {arg}", spec.name);
+            }
+        }
+    }
+}

@@ -6,7 +6,7 @@ use diskmill::ops::resize::{NewSize, Preallocation, ResizeError, ResizeRequest, 
 use diskmill_core::parse_size;
 
 use super::{JsonArgs, NATIVE, Run, Source, TrustArgs, wants_json};
-use crate::compat::reason;
+use crate::compat::texts;
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
@@ -101,7 +101,7 @@ fn new_size(text: &str) -> Result<NewSize, Failure> {
     };
     parse_size(digits)
         .map(make)
-        .ok_or_else(|| Failure::usage(reason::bad_size("size")))
+        .ok_or_else(|| Failure::usage(texts::bad_size("size")))
 }
 
 fn tell(ui: &Ui, warning: &OpenWarning) {

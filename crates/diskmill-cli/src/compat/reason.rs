@@ -4,10 +4,11 @@ use std::error::Error as StdError;
 use std::io;
 
 use diskmill::open::OpenError;
-use diskmill::ops::create::CreateError;
 use diskmill::spec::SpecError;
-use diskmill_core::{Error, ErrorKind, OptionError};
+use diskmill_core::{Error, ErrorKind};
 use diskmill_storage::NotADisk;
+
+use super::texts;
 
 /// The reason behind `error`. `name` is what the message has already named: the user's word for the image.
 pub fn text(error: &Error, name: Option<&str>) -> String {
@@ -29,7 +30,7 @@ pub fn text(error: &Error, name: Option<&str>) -> String {
             name.unwrap_or_default()
         );
     }
-    if let Some(text) = known_text(error) {
+    if let Some(text) = texts::of(error) {
         return text;
     }
     if let Some(io) = error.io_error() {
@@ -70,88 +71,6 @@ fn spec_text(spec: &SpecError) -> String {
         }
         other => capital(&other.to_string()),
     }
-}
-
-/// Texts that scripts look for, from the typed errors of operations.
-fn known_text(error: &Error) -> Option<String> {
-    use diskmill::ops::convert::ConvertError;
-    use diskmill::ops::resize::ResizeError;
-
-    if let Some(create) = error.find::<CreateError>() {
-        return Some(create_text(create));
-    }
-    if let Some(convert) = error.find::<ConvertError>() {
-        return Some(match convert {
-            ConvertError::NoCompression(_) => "Compression not supported for this file format".to_owned(),
-            ConvertError::TargetTooSmall { .. } => "output file is smaller than input file".to_owned(),
-            other => capital(&other.to_string()),
-        });
-    }
-    if let Some(option) = error.find::<OptionError>() {
-        return Some(option_text(option));
-    }
-    if let Some(resize) = error.find::<ResizeError>() {
-        return Some(match resize {
-            ResizeError::NotPositive => "New image size must be positive".to_owned(),
-            ResizeError::PreallocationOnShrink => {
-                "Preallocation can only be used for growing images".to_owned()
-            }
-            ResizeError::Preallocation(mode) => format!("Unsupported preallocation mode: {mode}"),
-            other => capital(&other.to_string()),
-        });
-    }
-    None
-}
-
-fn create_text(create: &CreateError) -> String {
-    match create {
-        CreateError::UnknownFormat(format) => format!("Unknown file format '{format}'"),
-        CreateError::NotCreatable(format) => {
-            format!("Format driver '{format}' does not support image creation")
-        }
-        CreateError::NoBacking(format) => format!("Backing file not supported for file format '{format}'"),
-        CreateError::BackingFormatMissing { detected } => {
-            let more = match detected {
-                Some(format) => format!("\nDetected format of {format}."),
-                None => String::new(),
-            };
-            format!("Backing file specified without backing format{more}")
-        }
-        CreateError::Backing(inner) => format!("{}\nCould not open backing image.", text(inner, None)),
-        CreateError::BackedByItself => {
-            "Error: Trying to create an image with the same filename as the backing file".to_owned()
-        }
-        CreateError::SizeMissing => "Image creation needs a size parameter".to_owned(),
-        CreateError::SizeTwice => "The image size must be specified only once".to_owned(),
-        other => capital(&other.to_string()),
-    }
-}
-
-fn option_text(option: &OptionError) -> String {
-    match option {
-        OptionError::Unknown(name) => format!("Invalid parameter '{name}'"),
-        OptionError::Range { name, .. } if name == "cluster_size" => {
-            "Cluster size must be a power of two between 512 and 2048k".to_owned()
-        }
-        OptionError::Value { name, expected, .. } if *expected == "'on' or 'off'" => {
-            format!("Parameter '{name}' expects 'on' or 'off'")
-        }
-        OptionError::Value { name, expected, .. } if expected.contains("suffix") => bad_size(name),
-        OptionError::Value { name, value, .. } => {
-            let name = if name == "compat" { "version" } else { name };
-            format!("Parameter '{name}' does not accept value '{value}'")
-        }
-        other => capital(&other.to_string()),
-    }
-}
-
-/// What is said of a size that is none.
-pub fn bad_size(name: &str) -> String {
-    format!(
-        "Parameter '{name}' expects a non-negative number below 2^64\n\
-         Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
-         and exabytes, respectively."
-    )
 }
 
 fn lock_text(error: &Error, name: Option<&str>) -> String {
@@ -225,7 +144,15 @@ fn deepest(error: &Error) -> String {
     last.to_string()
 }
 
-fn capital(text: &str) -> String {
+/// `text` with a capital letter, unless it starts with the name of an option.
+pub fn capital(text: &str) -> String {
+    if text
+        .split(' ')
+        .next()
+        .is_some_and(|word| word.contains(['_', '.']))
+    {
+        return text.to_owned();
+    }
     let mut chars = text.chars();
     match chars.next() {
         Some(first) => first.to_uppercase().chain(chars).collect(),

@@ -1,0 +1,119 @@
+//! The words of `qemu-img` for what operations refuse: scripts look for some of them.
+
+use diskmill::ops::convert::ConvertError;
+use diskmill::ops::create::CreateError;
+use diskmill::ops::resize::{Preallocation, ResizeError};
+use diskmill_core::{Error, OptionError};
+use diskmill_formats::qcow2;
+
+use super::reason::{capital, text};
+
+/// Texts that scripts look for, from the typed errors of operations.
+pub fn of(error: &Error) -> Option<String> {
+    if let Some(create) = error.find::<CreateError>() {
+        return Some(create_text(create));
+    }
+    if let Some(convert) = error.find::<ConvertError>() {
+        return Some(match convert {
+            ConvertError::NoCompression(_) => "Compression not supported for this file format".to_owned(),
+            ConvertError::BackingWithSeveral => {
+                "Having a backing file for the target makes no sense when concatenating multiple input images"
+                    .to_owned()
+            }
+            ConvertError::TargetTooSmall { .. } => "output file is smaller than input file".to_owned(),
+            other => capital(&other.to_string()),
+        });
+    }
+    if let Some(qcow2) = error.find::<qcow2::options::CreateError>() {
+        return Some(qcow2_text(qcow2));
+    }
+    if let Some(option) = error.find::<OptionError>() {
+        return Some(option_text(option));
+    }
+    if let Some(resize) = error.find::<ResizeError>() {
+        return Some(match resize {
+            ResizeError::NotPositive => "New image size must be positive".to_owned(),
+            ResizeError::PreallocationOnShrink => {
+                "Preallocation can only be used for growing images".to_owned()
+            }
+            ResizeError::Preallocation(mode) => format!("Unsupported preallocation mode: {mode}"),
+            other => capital(&other.to_string()),
+        });
+    }
+    None
+}
+
+fn create_text(create: &CreateError) -> String {
+    match create {
+        CreateError::UnknownFormat(format) => format!("Unknown file format '{format}'"),
+        CreateError::NotCreatable(format) => {
+            format!("Format driver '{format}' does not support image creation")
+        }
+        CreateError::NoBacking(format) => format!("Backing file not supported for file format '{format}'"),
+        CreateError::BackingFormatMissing { detected } => {
+            let more = match detected {
+                Some(format) => format!("\nDetected format of {format}."),
+                None => String::new(),
+            };
+            format!("Backing file specified without backing format{more}")
+        }
+        CreateError::Backing(inner) => format!("{}\nCould not open backing image.", text(inner, None)),
+        CreateError::BackedByItself => {
+            "Error: Trying to create an image with the same filename as the backing file".to_owned()
+        }
+        CreateError::SizeMissing => "Image creation needs a size parameter".to_owned(),
+        CreateError::SizeTwice => "The image size must be specified only once".to_owned(),
+        CreateError::BackingFormatAlone => "Backing format cannot be used without backing file".to_owned(),
+        CreateError::SizeTooLarge(_) => "Could not resize file: Invalid argument".to_owned(),
+        other => capital(&other.to_string()),
+    }
+}
+
+/// The real tool's words where its text names one rule; ours, which name the value too, elsewhere.
+fn qcow2_text(error: &qcow2::options::CreateError) -> String {
+    use qcow2::options::CreateError;
+    match error {
+        CreateError::ClusterSize(_) => "Cluster size must be a power of two between 512 and 2048k".to_owned(),
+        CreateError::SubclusterSize(_) => {
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes".to_owned()
+        }
+        CreateError::Compat(value) => format!("Parameter 'version' does not accept value '{value}'"),
+        CreateError::CompressionType(value) => {
+            format!("Parameter 'compression-type' does not accept value '{value}'")
+        }
+        CreateError::RefcountBits(_) => {
+            "Refcount width must be a power of two and may not exceed 64 bits".to_owned()
+        }
+        CreateError::TooLarge { .. } => {
+            "The image size is too large for file format 'qcow2' (try using a larger cluster size)".to_owned()
+        }
+        other => capital(&other.to_string()),
+    }
+}
+
+fn option_text(option: &OptionError) -> String {
+    match option {
+        OptionError::Unknown(name) => format!("Invalid parameter '{name}'"),
+        OptionError::Value { name, expected, .. } if *expected == "'on' or 'off'" => {
+            format!("Parameter '{name}' expects 'on' or 'off'")
+        }
+        OptionError::Value { name, expected, .. } if expected.contains("suffix") => bad_size(name),
+        OptionError::Value { name, value, .. } | OptionError::Range { name, value, .. } => {
+            // A mode there is, only not here: callers try another when they read this.
+            if name == "preallocation" && Preallocation::parse(value).is_some() {
+                return format!("Unsupported preallocation mode: {value}");
+            }
+            format!("Parameter '{name}' does not accept value '{value}'")
+        }
+        other => capital(&other.to_string()),
+    }
+}
+
+/// What is said of a size that is none.
+pub fn bad_size(name: &str) -> String {
+    format!(
+        "Parameter '{name}' expects a non-negative number below 2^64\n\
+         Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
+         and exabytes, respectively."
+    )
+}
