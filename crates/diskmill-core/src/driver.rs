@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::{
-    BackingName, Builder, CheckReport, Facts, FileIndex, Format, GuestOffset, Job, Layer, LayerMut, Limits,
-    OptionSpec, Options, Repair, Result, Storage, StorageMut,
+    BackingName, BitmapFacts, Builder, CheckReport, Facts, FileIndex, Format, GuestOffset, Job, Layer,
+    LayerMut, Limits, OptionSpec, Options, Repair, Result, Storage, StorageMut,
 };
 
 /// How sure a driver is that bytes are its format.
@@ -206,6 +206,9 @@ pub trait Driver: Sync + Debug {
 pub trait DataRuns {
     /// The next run, or `None` at the end.
     fn next_run(&mut self) -> Result<Option<Range<GuestOffset>>>;
+
+    /// The dirty bitmaps that could be copied with the data, or `None` where the source keeps none at all.
+    fn bitmaps(&self) -> Option<&[BitmapFacts]>;
 }
 
 /// An image whose header has been understood. It says what it needs and has opened nothing.

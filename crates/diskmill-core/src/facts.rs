@@ -51,6 +51,15 @@ pub struct SnapshotFacts {
     pub disk_size: u64,
 }
 
+/// What an image lists of a dirty bitmap it keeps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitmapFacts {
+    /// Its name.
+    pub name: String,
+    /// The guest bytes a bit stands for.
+    pub granularity: u64,
+}
+
 /// What an image says of itself when it is opened. Nothing in it changes afterwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -73,6 +82,8 @@ pub struct Facts {
     pub backing: Option<BackingName>,
     /// Its internal snapshots.
     pub snapshots: Vec<SnapshotFacts>,
+    /// The dirty bitmaps it keeps, or `None` where its format, or version of it, has none.
+    pub bitmaps: Option<Vec<BitmapFacts>>,
     /// What only its format has: `format-specific` in the JSON of `info`.
     pub specific: Option<Value>,
 }
@@ -90,6 +101,7 @@ impl Facts {
             corrupt: false,
             backing: None,
             snapshots: Vec::new(),
+            bitmaps: None,
             specific: None,
         }
     }

@@ -133,12 +133,11 @@ fn to_text(measure: Measure) -> String {
 }
 
 fn to_json(measure: Measure) -> Json {
-    let mut pairs = vec![
-        ("required", Json::Int(measure.required)),
-        ("fully-allocated", Json::Int(measure.fully_allocated)),
-    ];
+    let mut pairs = Vec::new();
     if let Some(bitmaps) = measure.bitmaps {
         pairs.push(("bitmaps", Json::Int(bitmaps)));
     }
+    pairs.push(("required", Json::Int(measure.required)));
+    pairs.push(("fully-allocated", Json::Int(measure.fully_allocated)));
     Json::object(pairs)
 }

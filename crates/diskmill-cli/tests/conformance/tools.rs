@@ -48,6 +48,20 @@ pub fn same(scratch: &Scratch, words: &str) -> (Finished, Finished) {
     (our, their)
 }
 
+/// Runs words that both must refuse: the same exit code and standard output, and an error in each one's own words.
+pub fn refused(scratch: &Scratch, words: &str) -> Finished {
+    let our = ours(scratch).words(words).finish();
+    let their = theirs(scratch).words(words).finish();
+    assert!(
+        our.code == their.code
+            && our.code != Some(0)
+            && our.out() == their.out()
+            && our.err().starts_with("qemu-img"),
+        "not refused alike\n--- ours\n{our}\n--- qemu-img's\n{their}"
+    );
+    our
+}
+
 /// Runs the same words with both; demands the same exit code and, as JSON, the same standard output.
 pub fn same_json(scratch: &Scratch, words: &str) -> serde_json::Value {
     let our = ours(scratch).words(words).finish();

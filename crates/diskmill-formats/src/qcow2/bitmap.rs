@@ -2,7 +2,7 @@
 
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
-use diskmill_core::{Error, ErrorKind, Format, HostOffset, Limits, Result, Storage, Value};
+use diskmill_core::{BitmapFacts, Error, ErrorKind, Format, HostOffset, Limits, Result, Storage, Value};
 use zerocopy::FromBytes;
 
 use super::header::Header;
@@ -230,6 +230,14 @@ fn table_entries_for(header: &Header, granularity_bits: u8) -> u64 {
     let granularity = 1_u64.checked_shl(granularity_bits.into()).unwrap_or(u64::MAX);
     let bits = header.virtual_size().div_ceil(granularity);
     header.cluster_bits.clusters(bits.div_ceil(8))
+}
+
+/// What is to be known of a bitmap before its bits are read.
+pub fn facts(bitmap: &Bitmap) -> BitmapFacts {
+    BitmapFacts {
+        name: bitmap.name.clone(),
+        granularity: 1_u64.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
+    }
 }
 
 /// What `info` shows of a bitmap.

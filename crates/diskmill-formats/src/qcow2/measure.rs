@@ -1,8 +1,8 @@
 //! How large a new image would be, by the same reckoning as QEMU's.
 
-use diskmill_core::{CreateSpec, DataRuns, Measure, Result};
+use diskmill_core::{BitmapFacts, CreateSpec, DataRuns, Measure, Result};
 
-use super::header::{ClusterBits, RefcountOrder};
+use super::header::{ClusterBits, RefcountOrder, Version};
 use super::options::Plan;
 use crate::preallocation::Preallocation;
 
@@ -13,6 +13,12 @@ pub(super) fn measure(spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Res
     let disk = whole_clusters(plan.cluster_bits, plan.virtual_size);
     let everything = tables.saturating_add(disk);
     let reserves = matches!(plan.preallocation, Preallocation::Falloc | Preallocation::Full);
+    let bitmaps = match &data {
+        Some(source) if plan.version == Version::V3 => source
+            .bitmaps()
+            .map(|bitmaps| bitmap_bytes(plan.cluster_bits, plan.virtual_size, bitmaps)),
+        _ => None,
+    };
     let required = match data {
         _ if reserves => everything,
         None => tables,
@@ -23,8 +29,25 @@ pub(super) fn measure(spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Res
     Ok(Measure {
         required,
         fully_allocated: everything,
-        bitmaps: None,
+        bitmaps,
     })
+}
+
+/// Bytes of bitmaps like these: their bits, their tables and their directory, each in whole clusters.
+fn bitmap_bytes(cluster_bits: ClusterBits, virtual_size: u64, bitmaps: &[BitmapFacts]) -> u64 {
+    let mut directory = 0_u64;
+    let mut sum = 0_u64;
+    for bitmap in bitmaps {
+        let bits = virtual_size.div_ceil(bitmap.granularity.max(1));
+        let clusters = cluster_bits.clusters(bits.div_ceil(8));
+        let table = whole_clusters(cluster_bits, clusters.saturating_mul(8));
+        let data = clusters.saturating_mul(cluster_bits.cluster_size());
+        sum = sum.saturating_add(data).saturating_add(table);
+        // An entry is 24 bytes and the name, padded to 8.
+        let name = u64::try_from(bitmap.name.len()).unwrap_or(u64::MAX);
+        directory = directory.saturating_add(name.saturating_add(24 + 7) & !7);
+    }
+    sum.saturating_add(whole_clusters(cluster_bits, directory))
 }
 
 /// Bytes of all tables and the header, once all of the disk is allocated.
@@ -98,6 +121,10 @@ mod tests {
             }
             let run = self.0.remove(0);
             Ok(Some(GuestOffset::new(run.0)..GuestOffset::new(run.1)))
+        }
+
+        fn bitmaps(&self) -> Option<&[BitmapFacts]> {
+            None
         }
     }
 

@@ -135,6 +135,7 @@ impl Qcow2Image {
         facts.corrupt = header.incompatible.has(Incompatible::CORRUPT);
         facts.backing = header.backing();
         facts.snapshots = snapshots.into_iter().map(|snapshot| snapshot.facts).collect();
+        facts.bitmaps = (header.version == Version::V3).then(|| bitmaps.iter().map(bitmap::facts).collect());
         facts.specific = Some(describe(&header, &bitmaps));
         let mut references = Vec::new();
         if header.has_data_file() {

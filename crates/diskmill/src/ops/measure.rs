@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use diskmill_core::{Chain, CreateSpec, DataRuns, Driver, GuestOffset, Measure, Result};
+use diskmill_core::{BitmapFacts, Chain, CreateSpec, DataRuns, Driver, GuestOffset, Measure, Result};
 
 use super::map::Walker;
 use crate::open::Image;
@@ -38,6 +38,7 @@ struct Stored<'a> {
     walker: Walker<'a>,
     at: u64,
     end: u64,
+    bitmaps: Option<Vec<BitmapFacts>>,
 }
 
 impl<'a> Stored<'a> {
@@ -46,6 +47,7 @@ impl<'a> Stored<'a> {
             walker: Walker::new(chain),
             at: 0,
             end: chain.virtual_size(),
+            bitmaps: chain.layers().first().and_then(|top| top.facts().bitmaps.clone()),
         }
     }
 }
@@ -61,5 +63,9 @@ impl DataRuns for Stored<'_> {
             }
         }
         Ok(None)
+    }
+
+    fn bitmaps(&self) -> Option<&[BitmapFacts]> {
+        self.bitmaps.as_deref()
     }
 }
