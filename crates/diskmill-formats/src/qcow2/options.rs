@@ -266,7 +266,9 @@ impl Plan {
         };
         let codec = match (spec.compression, plan.compression_type) {
             (None, _) => None,
-            (Some(how), CompressionType::Zlib) => Some(Codec::deflate(how.level)?),
+            (Some(how), CompressionType::Zlib) => {
+                Some(Codec::deflate(how.level, plan.cluster_bits.cluster_size())?)
+            }
             (Some(how), CompressionType::Zstd) => Some(Codec::zstd(how.level)?),
         };
         let plan = Self { codec, ..plan };

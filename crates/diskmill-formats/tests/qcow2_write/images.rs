@@ -387,7 +387,7 @@ impl Image {
         let codec = if self.kind.options.contains("zstd") {
             Codec::zstd(None)
         } else {
-            Codec::deflate(None)
+            Codec::deflate(None, 65_536)
         };
         let mut encoder = UnitEncoder::new(Some(codec.expect("a codec"))).expect("an encoder");
         let mut packed = Vec::new();

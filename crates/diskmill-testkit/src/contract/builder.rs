@@ -17,6 +17,50 @@ pub type NewFile<'a> = &'a dyn Fn() -> Arc<dyn StorageMut>;
 /// The files of an image, the main one first.
 pub type Image = Vec<Arc<dyn StorageMut>>;
 
+/// Guest bytes to build an image of.
+pub trait Guest: Sync {
+    /// Bytes of the disk.
+    fn size(&self) -> u64;
+
+    /// Fills `buf` from `at`, all of which is within the disk.
+    fn read_at(&self, at: u64, buf: &mut [u8]);
+
+    /// Whether nothing was ever written to the `len` bytes from `at`: an overlay leaves them to the layer below.
+    fn is_hole(&self, at: u64, len: u64) -> bool;
+}
+
+impl Guest for SparseRandom {
+    fn size(&self) -> u64 {
+        Self::size(self)
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) {
+        Self::read_at(self, at, buf);
+    }
+
+    fn is_hole(&self, at: u64, len: u64) -> bool {
+        let end = (at + len).min(self.size());
+        let first = at - at % GRAIN;
+        (first..end)
+            .step_by(as_len(GRAIN))
+            .all(|grain| self.kind(grain) == Kind::Hole)
+    }
+}
+
+impl Guest for Vec<u8> {
+    fn size(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) {
+        buf.copy_from_slice(&self[as_len(at)..][..buf.len()]);
+    }
+
+    fn is_hole(&self, _at: u64, _len: u64) -> bool {
+        false
+    }
+}
+
 /// Builds disks as `spec` asks, in files of `new_file`, and panics where the contract is broken:
 ///
 /// * the unit is a power of two of at least 512;
@@ -59,7 +103,7 @@ pub fn fill(
     driver: &dyn Driver,
     spec: &CreateSpec,
     new_file: NewFile<'_>,
-    disk: &SparseRandom,
+    disk: &dyn Guest,
     threads: usize,
     units: u64,
 ) -> Image {
@@ -98,7 +142,7 @@ struct Lane<'a> {
     chunk: u64,
     unit: u64,
     overlay: bool,
-    disk: &'a SparseRandom,
+    disk: &'a dyn Guest,
     claimed: AtomicU64,
     turn: Mutex<(u64, Box<dyn Builder>)>,
     passed: Condvar,
@@ -132,7 +176,7 @@ impl Lane<'_> {
             .zip(0..)
             .map(|(unit, index)| {
                 let at = range.start + index * self.unit;
-                if self.overlay && is_hole(self.disk, at, self.unit) {
+                if self.overlay && self.disk.is_hole(at, self.unit) {
                     return Piece::Run(Run::Absent);
                 }
                 let mut whole = unit.to_vec();
@@ -215,7 +259,7 @@ fn splice(driver: &dyn Driver, spec: &CreateSpec, new_file: NewFile<'_>, disk: &
         let mut scratch = Vec::new();
         let kind = encoder.encode(&data, &mut scratch).expect("an encoded unit");
         data.truncate(as_len(end - at));
-        if spec.backing.is_some() && is_hole(disk, at, unit) {
+        if spec.backing.is_some() && disk.is_hole(at, unit) {
             builder
                 .place_run(range, Run::Absent, &mut writes)
                 .expect("a place");
@@ -283,22 +327,9 @@ fn reads_back(driver: &dyn Driver, spec: &CreateSpec, image: &Image, disk: &Spar
         for at in (0..disk.size()).step_by(as_len(unit)) {
             let extent = layer.map(GuestOffset::new(at), unit).expect("a state");
             let absent = extent.state == State::Absent;
-            assert_eq!(absent, is_hole(disk, at, unit), "{spec:?}: {at} is {extent:?}");
+            assert_eq!(absent, disk.is_hole(at, unit), "{spec:?}: {at} is {extent:?}");
         }
     }
-}
-
-/// Whether a unit was never written.
-fn is_hole(disk: &SparseRandom, at: u64, unit: u64) -> bool {
-    let end = (at + unit).min(disk.size());
-    let mut grain = at - at % GRAIN;
-    while grain < end {
-        if disk.kind(grain) != Kind::Hole {
-            return false;
-        }
-        grain += GRAIN;
-    }
-    true
 }
 
 fn unfinished(driver: &dyn Driver, spec: &CreateSpec, new_file: NewFile<'_>, disk: &SparseRandom) {

@@ -10,8 +10,11 @@ use diskmill_core::{Error, ErrorKind, Format, HostOffset, Result};
 use crate::qcow2::header::{ClusterBits, RefcountOrder};
 use crate::qcow2::layout::{OFFSET_MASK, REFCOUNT_TABLE_BYTES_MAX};
 
-/// Bytes of blocks that a partly filled cluster may hold back.
+/// Bytes of blocks that partly filled clusters may hold back.
 const HELD_BYTES: u64 = 4 << 20;
+
+/// Partly filled clusters that wait for a stream that fits.
+const GAPS: usize = 32;
 
 /// Why there is no further cluster.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -62,7 +65,10 @@ pub(super) struct Clusters {
     next: u64,
     /// Bytes of the storage, if it cannot grow.
     have: Option<u64>,
+    /// The cluster filled last.
     open: Option<Open>,
+    /// Others that a cluster stored plain cut off before they were full.
+    gaps: Vec<Open>,
     /// Block 0.
     first: Vec<u8>,
     /// Blocks `front`, `front + 1`, ...
@@ -79,6 +85,7 @@ impl Clusters {
             next: 0,
             have,
             open: None,
+            gaps: Vec::new(),
             first: vec![0; cluster_bits.cluster_len()],
             blocks: VecDeque::new(),
             front: 1,
@@ -119,32 +126,73 @@ impl Clusters {
         Ok(HostOffset::new(start << self.cluster_bits.get()))
     }
 
-    /// Gives out `len` bytes, less than a cluster, right behind the ones before where that is possible.
+    /// Gives out `len` bytes, less than a cluster, for a compressed stream: in the tightest gap it fits into, else
+    /// right behind the stream before where that is possible.
     pub fn pack(&mut self, len: u64) -> Result<HostOffset> {
-        let cluster_size = self.cluster_bits.cluster_size();
-        let place = match self.open {
-            Some(open) if open.streams < self.order.max() => {
-                let room = cluster_size.saturating_sub(open.at.within(cluster_size));
-                let adjoins = open.at.get() >> self.cluster_bits.get() == self.next.saturating_sub(1);
-                (len <= room || adjoins).then_some((open, room))
-            }
-            _ => None,
-        };
-        let Some((open, room)) = place else {
-            let at = self.take(1)?;
-            self.reopen(at.saturating_add(len), 1);
+        if let Some(at) = self.pack_into_gap(len) {
             return Ok(at);
-        };
-        let streams = open.streams.saturating_add(1);
-        if len > room {
-            self.take(1)?;
-            self.set(open.at.get() >> self.cluster_bits.get(), streams);
-            self.reopen(open.at.saturating_add(len), 1);
-        } else {
-            self.set(open.at.get() >> self.cluster_bits.get(), streams);
-            self.reopen(open.at.saturating_add(len), streams);
         }
-        Ok(open.at)
+        let bits = self.cluster_bits.get();
+        if let Some(open) = self.open.take() {
+            let adjoins = open.at.get() >> bits == self.next.saturating_sub(1);
+            let streams = open.streams.saturating_add(1);
+            let room = self.room(open);
+            if streams <= self.order.max() && (len <= room || adjoins) {
+                let spills = len > room;
+                if spills {
+                    self.take(1)?;
+                }
+                self.set(open.at.get() >> bits, streams);
+                let at = open.at.saturating_add(len);
+                self.reopen(at, if spills { 1 } else { streams });
+                return Ok(open.at);
+            }
+            self.keep_gap(open);
+        }
+        let at = self.take(1)?;
+        self.reopen(at.saturating_add(len), 1);
+        Ok(at)
+    }
+
+    fn pack_into_gap(&mut self, len: u64) -> Option<HostOffset> {
+        let fitting = self
+            .gaps
+            .iter()
+            .enumerate()
+            .filter(|(_, gap)| len <= self.room(**gap));
+        let (index, gap) = fitting.min_by_key(|(_, gap)| self.room(**gap))?;
+        let gap = *gap;
+        self.gaps.swap_remove(index);
+        let streams = gap.streams.saturating_add(1);
+        self.set(gap.at.get() >> self.cluster_bits.get(), streams);
+        let at = gap.at.saturating_add(len);
+        if !at.is_aligned(self.cluster_bits.cluster_size()) {
+            self.keep_gap(Open { at, streams });
+        }
+        Some(gap.at)
+    }
+
+    /// Keeps a gap, and of too many the largest.
+    fn keep_gap(&mut self, gap: Open) {
+        if gap.streams < self.order.max() {
+            self.gaps.push(gap);
+        }
+        if self.gaps.len() > GAPS {
+            let smallest = self
+                .gaps
+                .iter()
+                .enumerate()
+                .min_by_key(|(_, gap)| self.room(**gap));
+            if let Some((index, _)) = smallest {
+                self.gaps.swap_remove(index);
+            }
+        }
+    }
+
+    /// Bytes that are left of a cluster.
+    fn room(&self, open: Open) -> u64 {
+        let cluster_size = self.cluster_bits.cluster_size();
+        cluster_size.saturating_sub(open.at.within(cluster_size))
     }
 
     /// Takes back the use of a cluster at the front.
@@ -156,11 +204,12 @@ impl Clusters {
     pub fn take_full(&mut self) -> Vec<(u64, Vec<u8>)> {
         if self.blocks.len() as u64 > HELD_BYTES >> self.cluster_bits.get() {
             self.open = None;
+            self.gaps.clear();
         }
         let growing = self.next >> self.block_bits();
-        let held = self.open.map_or(growing, |open| {
-            open.at.get() >> self.cluster_bits.get() >> self.block_bits()
-        });
+        let unfilled = self.gaps.iter().chain(&self.open);
+        let held = unfilled.map(|open| open.at.get() >> self.cluster_bits.get() >> self.block_bits());
+        let held = held.min().unwrap_or(growing);
         let mut full = Vec::new();
         while self.front < held.min(growing) {
             let Some(block) = self.blocks.pop_front() else {
@@ -296,8 +345,27 @@ mod tests {
         let mut clusters = clusters(9, 4);
         clusters.pack(300).unwrap();
         clusters.take(1).unwrap();
+        assert_eq!(clusters.pack(250).unwrap().get(), 1024);
         assert_eq!(clusters.pack(200).unwrap().get(), 300);
-        assert_eq!(clusters.pack(200).unwrap().get(), 1024);
+        assert_eq!(clusters.pack(200).unwrap().get(), 1274);
+        assert_eq!(clusters.pack(12).unwrap().get(), 500);
+        assert_eq!(clusters.into_blocks().0[..8], [0, 3, 0, 1, 0, 2, 0, 0]);
+    }
+
+    #[test]
+    fn gaps_are_few_and_never_overfull() {
+        let mut clusters = clusters(9, 1);
+        for len in (1..=100).map(|index| 300 + index) {
+            clusters.pack(len).unwrap();
+            clusters.take(1).unwrap();
+        }
+        assert_eq!(clusters.gaps.len(), GAPS);
+        let mut filled = std::collections::BTreeMap::<u64, u64>::new();
+        for _ in 0..200 {
+            let at = clusters.pack(40).unwrap().get();
+            *filled.entry(at >> 9).or_default() += 1;
+        }
+        assert!(filled.values().all(|streams| *streams <= 3), "{filled:?}");
     }
 
     #[test]
@@ -325,10 +393,10 @@ mod tests {
         device.take(3).unwrap();
         assert_eq!(device.take(1).unwrap_err().kind(), ErrorKind::NoSpace);
         let mut small = clusters(9, 6);
-        for _ in 0..512 {
-            small.take(128 << 10).unwrap();
-            small.take_full();
-        }
+        // As if a million blocks were full.
+        small.next = (64 << 20) - 1;
+        small.front = (1 << 20) - 1;
+        small.take(1).unwrap();
         let error = small.take(1).unwrap_err();
         assert!(
             matches!(error.find(), Some(FullError::RefcountTable { .. })),

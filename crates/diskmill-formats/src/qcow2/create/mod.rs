@@ -196,13 +196,8 @@ impl Qcow2Builder {
         }
         if self.plan.data_file.is_none() {
             let end = host.plus(range.end.since(range.start))?;
-            // Subclusters say which parts of a cluster are used: the file may end with the last of them.
-            let step = if fill == Fill::Data && !self.plan.preallocates() {
-                self.unit
-            } else {
-                cluster_size
-            };
-            self.tables.reaches(up(end, step)?);
+            // A cluster is whole in the file, unless its subclusters say which parts are used.
+            self.tables.reaches(up(end, self.unit)?);
         }
         Ok(())
     }

@@ -221,7 +221,9 @@ impl Tables {
             self.l1_offset = self.clusters.take(self.geometry.cluster_bits().clusters(len))?;
             self.reaches(self.l1_offset.plus(len)?);
         }
-        header.l1_table_offset = self.l1_offset;
+        if len > 0 {
+            header.l1_table_offset = self.l1_offset;
+        }
         header.l1_size = u32::try_from(self.l1.len()).unwrap_or(u32::MAX);
         if len > 0 {
             writes.push(FileIndex::MAIN, self.l1_offset, bytes);
