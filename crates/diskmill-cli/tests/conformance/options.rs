@@ -4,7 +4,7 @@ use diskmill_testkit::scratch::{allocated, len, peek};
 use diskmill_testkit::sparse_random::SparseRandom;
 use diskmill_testkit::{Scratch, hash, oracle};
 
-use crate::tools::{native, ours, same, same_json, theirs};
+use crate::tools::{native, ours, refused, same, same_json, theirs};
 
 const SIZE: u64 = (2 << 20) + 512;
 
@@ -127,7 +127,7 @@ fn convert__target_is_zero() {
 fn convert__existing_target_too_small_or_too_large() {
     let (scratch, _) = with_disk();
     theirs(&scratch).words("create -q -f qcow2 small 1M").ok();
-    same(&scratch, "convert -n -f raw -O qcow2 disk.raw small");
+    refused(&scratch, "convert -n -f raw -O qcow2 disk.raw small");
     theirs(&scratch).words("create -q -f qcow2 large 4M").ok();
     oracle::io(scratch.join("large"), "qcow2", ["write -P 7 0 4M"]);
     std::fs::copy(scratch.join("large"), scratch.join("large-theirs")).unwrap();
@@ -144,7 +144,7 @@ fn convert__existing_target_too_small_or_too_large() {
         scratch.join("large-theirs"),
         "qcow2",
     );
-    same(&scratch, "convert -n -f raw -O raw disk.raw missing");
+    refused(&scratch, "convert -n -f raw -O raw disk.raw missing");
     assert!(!scratch.join("missing").exists());
 }
 
@@ -281,7 +281,7 @@ fn convert__image_opts() {
         "size=1000",
         "offset=x",
     ] {
-        same(
+        refused(
             &scratch,
             &format!("info --image-opts driver=raw,{window},file.filename=disk.raw"),
         );
@@ -313,7 +313,7 @@ fn convert__refuses_what_qemu_refuses() {
         "convert -r x -f raw -O raw disk.raw out",
         "convert -f raw -O qcow2 -c -o data_file=d disk.raw out",
     ] {
-        same(&scratch, words);
+        refused(&scratch, words);
         let _ = std::fs::remove_file(scratch.join("out"));
         let _ = std::fs::remove_file(scratch.join("d"));
     }

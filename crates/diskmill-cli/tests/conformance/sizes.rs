@@ -4,7 +4,7 @@ use diskmill_testkit::sparse_random::SparseRandom;
 use diskmill_testkit::{Scratch, oracle, scratch};
 
 use crate::agree::assert_agree;
-use crate::tools::{ours, same, same_json};
+use crate::tools::{ours, refused, same, same_json};
 
 /// A raw file of `size` bytes through qcow2 and back.
 fn through_qcow2(size: u64, options: &str, flags: &str) {
@@ -133,14 +133,11 @@ fn size__over_2_tib__extended_l2() {
 #[test]
 fn size__the_largest_disk_of_512_byte_clusters() {
     let scratch = Scratch::new();
-    for words in [
-        "create -f qcow2 -o cluster_size=512 a.qcow2 128G",
-        "create -f qcow2 -o cluster_size=512 b.qcow2 129G",
-        "create -f qcow2 c.qcow2 2P",
-        "create -f qcow2 d.qcow2 3P",
-    ] {
-        same(&scratch, words);
-    }
+    same(&scratch, "create -f qcow2 -o cluster_size=512 a.qcow2 128G");
+    oracle::assert_clean(scratch.join("a.qcow2"), "qcow2");
+    refused(&scratch, "create -f qcow2 -o cluster_size=512 b.qcow2 129G");
+    same(&scratch, "create -f qcow2 c.qcow2 2P");
+    refused(&scratch, "create -f qcow2 d.qcow2 3P");
 }
 
 #[test]
