@@ -37,6 +37,8 @@ fn main() -> ExitCode {
         mode = Mode::DropIn;
         args.remove(0);
     }
+    // Where a handler cannot be set the limit kills, as it would without us.
+    let _ = signals::outlive_size_limit();
     let mut ui = Ui { mode, command: "" };
     let result = match mode {
         Mode::DropIn => drop_in(&mut ui, &args),

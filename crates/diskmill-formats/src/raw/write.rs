@@ -22,8 +22,8 @@ enum WriteError {
     Empty,
     #[error("the size of a raw image cannot be changed where the option 'size' fixes it")]
     Fixed,
-    #[error("size is {size}, must be at most {room}: a device cannot grow")]
-    Device { size: u64, room: u64 },
+    #[error("size is {size}, must be {own}: a device keeps its size")]
+    Device { size: u64, own: u64 },
     #[error("size is {0}, must leave the file below 2^63 bytes")]
     TooLarge(u64),
 }
@@ -157,12 +157,11 @@ impl LayerMut for RawLayerMut {
             .filter(|end| *end <= i64::MAX as u64 - SECTOR)
             .ok_or(WriteError::TooLarge(size))?;
         if self.file.hints().fixed_len {
-            // A device keeps its length; a disk that is to be smaller has room enough.
-            let room = self.file.len()?.saturating_sub(self.view.offset());
-            return if size <= room {
+            let own = self.file.len()?.saturating_sub(self.view.offset());
+            return if size == own {
                 Ok(())
             } else {
-                Err(WriteError::Device { size, room }.into())
+                Err(WriteError::Device { size, own }.into())
             };
         }
         self.file.set_len(end)?;

@@ -1,8 +1,9 @@
 //! Making a disk larger or smaller.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use diskmill_core::{Error, ErrorKind, Format, GuestOffset, Result, ZeroHow};
+use diskmill_core::{Error, ErrorKind, FileIndex, Format, GuestOffset, Result, Storage, ZeroHow};
 
 use crate::open::{self, ImageMut, OpenRequest, OpenWarning};
 
@@ -110,6 +111,9 @@ pub enum ResizeError {
     /// Space that goes away cannot be preallocated.
     #[error("preallocation is for growing images only")]
     PreallocationOnShrink,
+    /// A raw disk on a device is as large as the device.
+    #[error("a device keeps its size")]
+    Device,
     /// The format cannot do this.
     #[error("preallocation mode {0} is not supported")]
     Preallocation(&'static str),
@@ -144,6 +148,11 @@ pub fn run(request: &ResizeRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Resul
     }
     if to > from && request.preallocation == Preallocation::Metadata {
         return refuse(ResizeError::Preallocation(request.preallocation.name()));
+    }
+    let on_device = |file: &Arc<dyn Storage>| file.hints().fixed_len;
+    let raw = image.top.facts().format == Format::Raw;
+    if raw && to != from && image.top.file(FileIndex::MAIN).is_some_and(on_device) {
+        return refuse(ResizeError::Device);
     }
     let done = grow_or_shrink(&image, from, to, request.preallocation);
     done.map_err(|error| error.op("resize").path(path))?;
