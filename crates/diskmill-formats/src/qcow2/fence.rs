@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use diskmill_core::{Error, ErrorKind, HostOffset, Result, StorageMut};
+use diskmill_core::{Error, ErrorKind, HostOffset, Result, SECTOR, StorageMut};
 
 /// What a part of the main file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +68,8 @@ pub(crate) struct Fence {
     tables: BTreeMap<u64, (Part, u32)>,
     /// Bytes have been written that metadata must not overtake.
     unsynced: bool,
+    /// A write of the header failed: nobody knows which tables the file names now.
+    adrift: bool,
 }
 
 impl Fence {
@@ -84,6 +86,7 @@ impl Fence {
             regions: BTreeMap::new(),
             tables: BTreeMap::new(),
             unsynced: false,
+            adrift: false,
         }
     }
 
@@ -170,6 +173,24 @@ impl Fence {
         self.check(what, at..at.saturating_add(bytes.len() as u64))?;
         self.unsynced = true;
         self.file.write_at(HostOffset::new(at), bytes)
+    }
+
+    /// Changes header fields from byte `at` on: one write of the first sector, which the host does not tear.
+    pub(crate) fn write_header(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
+        let mut sector = [0; SECTOR as usize];
+        self.file.read_padded(HostOffset::ZERO, &mut sector)?;
+        if let Some(field) = sector.get_mut(at..at.saturating_add(bytes.len())) {
+            field.copy_from_slice(bytes);
+        }
+        let written = self.write(Part::Header, 0, &sector);
+        self.adrift |= written.is_err();
+        written
+    }
+
+    /// Whether a write of the header has failed. What is on disk is one of two consistent states; nothing that builds
+    /// on either may be written.
+    pub(crate) fn is_adrift(&self) -> bool {
+        self.adrift
     }
 
     /// Notes that guest data was written which must be durable before the table entry that shows it.

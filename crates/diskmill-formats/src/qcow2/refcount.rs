@@ -21,7 +21,7 @@ use super::fence::{Fence, Part};
 pub(crate) const MAX_TABLE_BYTES: u64 = 8 << 20;
 
 /// Where the header keeps the refcount table's offset (8 bytes) and, behind it, its clusters (4 bytes).
-const HEADER_TABLE_AT: u64 = 48;
+const HEADER_TABLE_AT: usize = 48;
 
 /// Bytes of blocks kept in memory, unless that is less than [`MIN_BLOCKS`].
 const CACHE_BYTES: u64 = 4 << 20;
@@ -477,7 +477,7 @@ impl Refcounts {
         let (place, count) = pointer.split_at_mut(8);
         place.copy_from_slice(&table_at.to_be_bytes());
         count.copy_from_slice(&u32::try_from(clusters).unwrap_or(u32::MAX).to_be_bytes());
-        fence.write(Part::Header, HEADER_TABLE_AT, &pointer)?;
+        fence.write_header(HEADER_TABLE_AT, &pointer)?;
         fence.sync()?;
 
         let old =

@@ -11,7 +11,7 @@ use super::tables::Reclaim;
 use super::write::Image;
 
 /// Where the header keeps the size of the disk.
-const HEADER_SIZE_AT: u64 = 24;
+const HEADER_SIZE_AT: usize = 24;
 
 /// Why an image cannot have another size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -535,13 +535,15 @@ impl Tables {
     fn write_l1(&mut self) -> Result<()> {
         while let Some(sector) = self.dirty_l1.first().copied() {
             let first = sector * ENTRIES_PER_SECTOR;
-            let raw: Vec<u8> = self
+            let mut raw: Vec<u8> = self
                 .l1
                 .iter()
                 .skip(first)
                 .take(ENTRIES_PER_SECTOR)
                 .flat_map(|entry| entry.0.to_be_bytes())
                 .collect();
+            // The rest of the table's last cluster is its own; whole sectors are not torn.
+            raw.resize(ENTRIES_PER_SECTOR * 8, 0);
             self.fence
                 .write(Part::ActiveL1, self.l1_at.get() + first as u64 * 8, &raw)?;
             self.dirty_l1.remove(&sector);
@@ -621,7 +623,7 @@ impl Tables {
         let (count, place) = pointer.split_at_mut(4);
         count.copy_from_slice(&u32::try_from(entries).unwrap_or(u32::MAX).to_be_bytes());
         place.copy_from_slice(&at.get().to_be_bytes());
-        self.fence.write(Part::Header, HEADER_L1_AT, &pointer)?;
+        self.fence.write_header(HEADER_L1_AT, &pointer)?;
         self.fence.sync()?;
 
         self.fence.unprotect(old.start);
@@ -639,8 +641,8 @@ impl Tables {
     }
 
     /// Writes header bytes at `at` and makes them durable.
-    pub(crate) fn write_header(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        self.fence.write(Part::Header, at, bytes)?;
+    pub(crate) fn write_header(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
+        self.fence.write_header(at, bytes)?;
         self.fence.sync()
     }
 
@@ -658,7 +660,7 @@ impl Tables {
 }
 
 /// Where the header keeps the L1 table's entries (4 bytes) and, behind that, its offset (8 bytes).
-const HEADER_L1_AT: u64 = 36;
+const HEADER_L1_AT: usize = 36;
 
 fn word_index(geometry: Geometry, at: GuestOffset) -> usize {
     let words = geometry.entry_len() / 8;

@@ -25,15 +25,17 @@ use super::snapshot;
 use super::tables::{Reclaim, Tables};
 
 /// Where the header keeps its incompatible features.
-const HEADER_INCOMPATIBLE_AT: u64 = 72;
+const HEADER_INCOMPATIBLE_AT: usize = 72;
 /// Where the header keeps its autoclear features.
-const HEADER_AUTOCLEAR_AT: u64 = 88;
+const HEADER_AUTOCLEAR_AT: usize = 88;
 
 /// Why an image cannot be written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum WriteError {
     #[error("the image is marked corrupt; it cannot be written before it is repaired")]
     Corrupt,
+    #[error("an earlier write of the header failed; the image must be opened again")]
+    Adrift,
     #[error("the image was not closed properly; it cannot be written before it is repaired")]
     Dirty,
     #[error(
@@ -184,6 +186,9 @@ impl Image {
         let mut state = self.lock();
         if state.incompatible.has(Incompatible::CORRUPT) {
             return Err(refuse(ErrorKind::Corrupt, WriteError::Corrupt));
+        }
+        if state.tables.fence.is_adrift() {
+            return Err(refuse(ErrorKind::Io, WriteError::Adrift));
         }
         self.noticing(&mut state, change)
     }
@@ -485,7 +490,8 @@ impl LayerMut for Image {
 impl Drop for Image {
     fn drop(&mut self) {
         let mut state = self.lock();
-        if !state.incompatible.has(Incompatible::CORRUPT) && state.tables.is_dirty() {
+        let sound = !state.incompatible.has(Incompatible::CORRUPT) && !state.tables.fence.is_adrift();
+        if sound && state.tables.is_dirty() {
             // Whoever needs to know has flushed. What is written here spares a leak, no more.
             let _ = state.tables.write_back(true);
         }
