@@ -5,7 +5,7 @@ pub fn local(seconds: u64) -> String {
     let Ok(seconds) = i64::try_from(seconds) else {
         return String::new();
     };
-    let zone = tz::TimeZone::local().unwrap_or_else(|_| tz::TimeZone::utc());
+    let zone = zone();
     match tz::DateTime::from_timespec(seconds, 0, zone.as_ref()) {
         Ok(at) => format!(
             "{:04}-{:02}-{:02} {:02}:{:02}:{:02}",
@@ -18,6 +18,16 @@ pub fn local(seconds: u64) -> String {
         ),
         Err(_) => String::new(),
     }
+}
+
+/// The time zone of `TZ` (a name or a rule), or without it the machine's. What cannot be read counts as UTC.
+fn zone() -> tz::TimeZone {
+    let zone = match std::env::var("TZ") {
+        Ok(name) if name.is_empty() => return tz::TimeZone::utc(),
+        Ok(name) => tz::TimeZone::from_posix_tz(&name),
+        Err(_) => tz::TimeZone::local(),
+    };
+    zone.unwrap_or_else(|_| tz::TimeZone::utc())
 }
 
 /// How long a machine has run: `0001:02:03.004`.

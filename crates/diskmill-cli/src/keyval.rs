@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use diskmill_core::{Driver, OptionKind, Options, parse_size};
+use diskmill_core::{Driver, Format, OptionKind, Options, parse_size};
 use diskmill_storage::CacheMode;
 
 use crate::error::Failure;
@@ -58,8 +58,19 @@ pub fn option_list(given: &[String]) -> Result<OptionList, Failure> {
     Ok(OptionList::Pairs(options))
 }
 
-/// Prints what `-o` can set for a format. With `target`, also what the file it is put in understands.
-pub fn print_options(ui: &Ui, driver: &dyn Driver, target: bool) -> Result<(), Failure> {
+/// What options are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OptionTarget {
+    /// Nothing in particular.
+    Unnamed,
+    /// A file, which has options of its own.
+    File,
+    /// A device, which has none.
+    Device,
+}
+
+/// Prints what `-o` can set for a format put into `target`.
+pub fn print_options(ui: &Ui, driver: &dyn Driver, target: OptionTarget) -> Result<(), Failure> {
     let name = driver.format().name();
     let mut lines: Vec<(&str, OptionKind, &str)> = driver
         .options()
@@ -67,7 +78,7 @@ pub fn print_options(ui: &Ui, driver: &dyn Driver, target: bool) -> Result<(), F
         .map(|spec| (spec.name, spec.kind, spec.help))
         .collect();
     lines.push(("size", OptionKind::Size, "size of the virtual disk"));
-    if target {
+    if target == OptionTarget::File {
         lines.push(("nocow", OptionKind::Bool, "no copy-on-write for the file (btrfs)"));
         lines.push((
             "extent_size_hint",
@@ -75,14 +86,16 @@ pub fn print_options(ui: &Ui, driver: &dyn Driver, target: bool) -> Result<(), F
             "hint for the size of the file's extents, 0 for none",
         ));
     } else {
+        // These are the file's; for raw images preallocation is too.
+        let is_raw = driver.format() == Format::Raw;
         lines.retain(|(name, ..)| !matches!(*name, "nocow" | "extent_size_hint"));
+        lines.retain(|(name, ..)| !(is_raw && *name == "preallocation"));
     }
     lines.sort_by_key(|(name, ..)| *name);
     lines.dedup_by_key(|(name, ..)| *name);
-    let mut out = if target {
-        String::from("Supported options:\n")
-    } else {
-        format!("Supported {name} options:\n")
+    let mut out = match target {
+        OptionTarget::Unnamed => format!("Supported {name} options:\n"),
+        _ => String::from("Supported options:\n"),
     };
     for (name, kind, help) in lines {
         let kind = match kind {
@@ -94,7 +107,7 @@ pub fn print_options(ui: &Ui, driver: &dyn Driver, target: bool) -> Result<(), F
         // A String takes whatever is written to it.
         let _ = writeln!(out, "  {:<22} - {help}", format!("{name}=<{kind}>"));
     }
-    if !target {
+    if target == OptionTarget::Unnamed {
         out.push_str("\nThe file may know more options: they are listed if its name is given too.\n");
     }
     ui.print(out)

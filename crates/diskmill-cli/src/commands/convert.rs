@@ -31,7 +31,7 @@ pub struct ConvertArgs {
     /// Format of the sources, instead of finding it out
     #[arg(short = 'f', long, value_name = "SRC_FMT")]
     source_format: Option<String>,
-    /// The sources are lists of options (driver=...,file.filename=...), not names
+    /// The sources are lists of options (driver=...,file.filename=...), not names; also --image-opts
     #[arg(long, alias = "image-opts")]
     source_image_opts: bool,
     /// Copy this snapshot inside the source
@@ -119,8 +119,8 @@ impl Run for ConvertArgs {
         let json = wants_json(self.output.as_deref(), &self.json)?;
         let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.json.json)?;
         let format = self.target_format.as_deref().unwrap_or("raw");
-        let has_target = self.names.len() > 1;
-        let Some(options) = creation_options(ui, &self.target_options, format, has_target)? else {
+        let target = self.names.last().filter(|_| self.names.len() > 1);
+        let Some(options) = creation_options(ui, &self.target_options, format, target)? else {
             return Ok(Exit::OK);
         };
         let settings = self.settings(options, format)?;
@@ -183,6 +183,7 @@ impl ConvertArgs {
             Some(text) => NonZeroU64::new(keyval::bytes("rate limit", text)?),
         };
         keyval::objects(&self.object)?;
+        let by_option = options.text("backing_file").is_some() && options.text("backing_fmt").is_none();
         let conflict = [
             (
                 self.skip_broken_bitmaps && !self.bitmaps,
@@ -217,7 +218,7 @@ impl ConvertArgs {
                 "-o has no effect when skipping image creation",
             ),
             (
-                self.backing.is_some() && self.backing_format.is_none() && !self.no_create,
+                (self.backing.is_some() || by_option) && self.backing_format.is_none() && !self.no_create,
                 "Use of backing file requires explicit backing format",
             ),
         ];

@@ -55,7 +55,7 @@ impl Run for CreateArgs {
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
         let json = wants_json(self.output.as_deref(), &self.json)?;
         let format = self.format.as_deref().unwrap_or("raw");
-        let Some(options) = creation_options(ui, &self.options, format, !self.names.is_empty())? else {
+        let Some(options) = creation_options(ui, &self.options, format, self.names.first())? else {
             return Ok(Exit::OK);
         };
         let (name, size) = match self.names.as_slice() {

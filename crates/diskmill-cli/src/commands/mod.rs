@@ -1,6 +1,7 @@
 //! One file a command: what it takes, and how it asks the library.
 
 use std::ffi::OsString;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
 use clap::{ArgMatches, Args, Command};
@@ -11,7 +12,7 @@ use diskmill_core::Options;
 
 use crate::error::Failure;
 use crate::exit::Exit;
-use crate::keyval;
+use crate::keyval::{self, OptionTarget};
 use crate::ui::{Mode, Ui};
 
 mod check;
@@ -233,21 +234,33 @@ impl Source<'_> {
     }
 }
 
-/// The options given to `-o`, or `None` once help has been printed instead.
+/// The options given to `-o`, or `None` once help has been printed instead: it depends on what `target` is.
 pub fn creation_options(
     ui: &Ui,
     given: &[String],
     format: &str,
-    target: bool,
+    target: Option<&OsString>,
 ) -> Result<Option<Options>, Failure> {
     match keyval::option_list(given)? {
         keyval::OptionList::Pairs(options) => Ok(Some(options)),
         keyval::OptionList::Help => {
             let driver = driver(format)?;
+            let target = match target {
+                None => OptionTarget::Unnamed,
+                Some(name) if is_device(name) => OptionTarget::Device,
+                Some(_) => OptionTarget::File,
+            };
             keyval::print_options(ui, driver, target)?;
             Ok(None)
         }
     }
+}
+
+fn is_device(name: &OsString) -> bool {
+    std::fs::metadata(name).is_ok_and(|data| {
+        let kind = data.file_type();
+        kind.is_block_device() || kind.is_char_device()
+    })
 }
 
 /// The driver of the format called `name`.
