@@ -3,7 +3,7 @@ use std::fmt::Write as _;
 
 use clap::Args;
 use diskmill::ops::check::{CheckUnsupported, Checked, run};
-use diskmill_core::{CheckReport, Finding, FindingKind};
+use diskmill_core::{CheckReport, FindingKind};
 
 use super::{JsonArgs, Run, Source, TrustArgs, wants_json};
 use crate::error::Failure;
@@ -88,13 +88,11 @@ impl Run for CheckArgs {
             }
             Err(error) => return Err(Failure::open(name, error)),
         };
+        ui.note(&findings(&checked.report, ui));
         if json {
             ui.print(to_json(&checked).pretty())?;
-        } else {
-            ui.note(&findings(&checked.report, ui));
-            if !self.quiet {
-                ui.print(to_text(&checked.report))?;
-            }
+        } else if !self.quiet {
+            ui.print(to_text(&checked.report))?;
         }
         Ok(exit(&checked.report))
     }
@@ -118,26 +116,19 @@ fn exit(report: &CheckReport) -> Exit {
     }
 }
 
-/// What was found, a line each, for standard error.
+/// What was found, a line each, for standard error. Scripts look for the first word.
 fn findings(report: &CheckReport, ui: &Ui) -> String {
     let mut out = String::new();
     for finding in &report.findings {
         let word = match finding.kind {
-            FindingKind::Corruption | FindingKind::Error => "ERROR ",
-            _ => "",
+            FindingKind::Corruption | FindingKind::Error => "ERROR",
+            FindingKind::Leak => "Leaked",
+            _ => "Note:",
         };
         // A String takes whatever is written to it.
-        let _ = writeln!(out, "{word}{}", ui.name(&finding_text(finding)));
+        let _ = writeln!(out, "{word} {}", ui.name(&finding.text));
     }
     out
-}
-
-fn finding_text(finding: &Finding) -> String {
-    let mut chars = finding.text.chars();
-    match chars.next() {
-        Some(first) => first.to_uppercase().chain(chars).collect(),
-        None => String::new(),
-    }
 }
 
 fn to_text(report: &CheckReport) -> String {

@@ -239,7 +239,7 @@ impl Check<'_> {
         };
         let at = HostOffset::new(cluster << self.header.cluster_bits.get());
         self.find(kind, 1, Some(at), None, || {
-            format!("cluster {cluster} has the refcount {refcount} and is referred to {references} times")
+            format!("cluster {cluster} refcount={refcount} reference={references}")
         });
     }
 
