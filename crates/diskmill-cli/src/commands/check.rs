@@ -18,6 +18,7 @@ use crate::ui::Ui;
 #[command(
     after_help = "Exit codes: 0 sound, 1 not checked, 2 corrupt, 3 leaks space, 63 the format has nothing to check"
 )]
+#[command(override_usage = "diskmill check [OPTIONS] FILENAME")]
 pub struct CheckArgs {
     /// Print nothing but errors
     #[arg(short, long)]

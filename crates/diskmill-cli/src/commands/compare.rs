@@ -18,11 +18,14 @@ use crate::ui::Ui;
 #[command(
     after_help = "Exit codes: 0 the same, 1 different, 2 not opened, 3 map not readable, 4 data not readable"
 )]
+#[command(override_usage = "diskmill compare [OPTIONS] FILENAME1 FILENAME2")]
 pub struct CompareArgs {
     /// Print nothing but errors
     #[arg(short, long)]
     quiet: bool,
     /// Show progress
+    ///
+    /// HOW is auto (the default: a bar on a terminal, lines elsewhere), bar, plain, json or none.
     #[arg(short, long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
     progress: Option<String>,
     /// Format of the first image

@@ -21,11 +21,14 @@ use crate::ui::Ui;
 
 /// Copy images into a new one of any format
 #[derive(Args, Debug)]
+#[command(override_usage = "diskmill convert [OPTIONS] SRC_FILENAME... TGT_FILENAME")]
 pub struct ConvertArgs {
     /// Print nothing but errors
     #[arg(short, long)]
     quiet: bool,
     /// Show progress
+    ///
+    /// HOW is auto (the default: a bar on a terminal, lines elsewhere), bar, plain, json or none.
     #[arg(short, long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
     progress: Option<String>,
     /// Format of the sources, instead of finding it out

@@ -15,6 +15,7 @@ use crate::ui::Ui;
 
 /// Make a new, empty image
 #[derive(Args, Debug)]
+#[command(override_usage = "diskmill create [OPTIONS] FILENAME [SIZE]")]
 pub struct CreateArgs {
     /// Print nothing but errors
     #[arg(short, long)]

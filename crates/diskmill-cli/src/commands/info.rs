@@ -17,6 +17,7 @@ use crate::ui::Ui;
 
 /// Show what an image says of itself
 #[derive(Args, Debug)]
+#[command(override_usage = "diskmill info [OPTIONS] FILENAME")]
 pub struct InfoArgs {
     /// Format of the image, instead of finding it out
     #[arg(short, long, value_name = "FMT")]

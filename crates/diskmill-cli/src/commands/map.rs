@@ -17,6 +17,7 @@ const BATCH: usize = 64 << 10;
 
 /// Show where the data of an image is
 #[derive(Args, Debug)]
+#[command(override_usage = "diskmill map [OPTIONS] FILENAME")]
 pub struct MapArgs {
     /// Format of the image, instead of finding it out
     #[arg(short, long, value_name = "FMT")]

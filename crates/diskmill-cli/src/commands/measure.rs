@@ -14,6 +14,7 @@ use crate::ui::Ui;
 
 /// Reckon how much space a new image would take
 #[derive(Args, Debug)]
+#[command(override_usage = "diskmill measure [OPTIONS] (--size SIZE | FILENAME)")]
 pub struct MeasureArgs {
     /// Format of the new image (default: raw)
     #[arg(short = 'O', long, value_name = "FMT")]

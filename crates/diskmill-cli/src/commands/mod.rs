@@ -4,11 +4,13 @@ use std::ffi::OsString;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
-use clap::{ArgMatches, Args, Command};
+use clap::builder::PossibleValuesParser;
+use clap::{Arg, ArgMatches, Args, Command};
 use diskmill::open::OpenRequest;
 use diskmill::policy::References;
 use diskmill::spec::ImageSpec;
 use diskmill_core::Options;
+use diskmill_formats::registry;
 
 use crate::error::Failure;
 use crate::exit::Exit;
@@ -141,7 +143,30 @@ pub fn program() -> Command {
             "'diskmill qemu-img ...', or a link to diskmill called qemu-img, behaves as qemu-img does.",
         )
         .subcommand_required(true)
-        .subcommands(COMMANDS.iter().map(Spec::definition))
+        .subcommands(
+            COMMANDS
+                .iter()
+                .map(|spec| spec.definition().mut_args(with_values)),
+        )
+}
+
+/// Tells completions what an option can be. The commands themselves check values in words of their own.
+fn with_values(arg: Arg) -> Arg {
+    let values = match arg.get_id().as_str() {
+        "output" => &["human", "json"][..],
+        "cache" | "source_cache" | "target_cache" => {
+            &["none", "writeback", "writethrough", "directsync", "unsafe"]
+        }
+        "preallocation" => &["off", "metadata", "falloc", "full"],
+        "progress" => &["auto", "bar", "plain", "json", "none"],
+        "repair" => &["leaks", "all"],
+        "format" | "source_format" | "target_format" | "backing_format" | "a_format" | "b_format" => {
+            let formats = registry::drivers().iter().map(|driver| driver.format().name());
+            return arg.value_parser(PossibleValuesParser::new(formats));
+        }
+        _ => return arg,
+    };
+    arg.value_parser(PossibleValuesParser::new(values))
 }
 
 /// What may be read beside the image that was named.
@@ -265,8 +290,7 @@ fn is_device(name: &OsString) -> bool {
 
 /// The driver of the format called `name`.
 pub fn driver(name: &str) -> Result<&'static dyn diskmill_core::Driver, Failure> {
-    diskmill_formats::registry::by_name(name)
-        .ok_or_else(|| Failure::usage(format!("Unknown file format '{name}'")))
+    registry::by_name(name).ok_or_else(|| Failure::usage(format!("Unknown file format '{name}'")))
 }
 
 #[cfg(test)]

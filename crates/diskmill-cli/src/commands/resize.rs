@@ -15,6 +15,7 @@ use crate::ui::Ui;
 
 /// Make the disk of an image larger or smaller
 #[derive(Args, Debug)]
+#[command(override_usage = "diskmill resize [OPTIONS] FILENAME [+-]SIZE")]
 pub struct ResizeArgs {
     /// Print nothing but errors
     #[arg(short, long)]
