@@ -16,7 +16,7 @@ pub(crate) fn sector_size(fd: BorrowedFd<'_>) -> u32 {
         .unwrap_or(512)
 }
 
-/// Bytes on the device.
+/// Bytes up to the end, as seeking finds it: a device's own length is 0 to `fstat`.
 pub(crate) fn len(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
     seek(fd, SeekFrom::End(0))
 }

@@ -6,6 +6,7 @@
 
 mod agree;
 mod chains;
+mod devices;
 mod disk;
 mod golden;
 mod guest;

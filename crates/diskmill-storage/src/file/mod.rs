@@ -268,7 +268,11 @@ impl File {
         let len = match self.kind {
             Kind::Regular => {
                 let stat = fs::fstat(&self.fd).map_err(|errno| self.fail("stat", None, errno))?;
-                u64::try_from(stat.st_size).unwrap_or(0)
+                match u64::try_from(stat.st_size) {
+                    Ok(len @ 1..) => len,
+                    // What the kernel makes up as it is read has no end to seek to and is no disk, empty or not.
+                    _ => device::len(self.as_fd()).map_err(|errno| self.fail("seek", None, errno))?,
+                }
             }
             Kind::Device { .. } => {
                 device::len(self.as_fd()).map_err(|errno| self.fail("seek", None, errno))?

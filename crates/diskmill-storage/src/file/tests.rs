@@ -360,6 +360,12 @@ fn errors_name_file_and_place() {
     assert_eq!(error.context().host, Some(at(3)), "where the file ends");
     let error = File::open(scratch.join("none"), &FileOptions::read(LockPlan::READ)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
+    let error = File::open("/proc/self/mem", &FileOptions::read(LockPlan::NONE)).unwrap_err();
+    assert_eq!(
+        error.context().op,
+        Some("seek"),
+        "made up by the kernel: {error:?}"
+    );
     let read_only = File::open(&path, &FileOptions::read(LockPlan::NONE)).unwrap();
     assert!(!read_only.is_writable());
     read_only.write_at(at(0), b"x").unwrap_err();

@@ -145,7 +145,7 @@ fn describe_file(file: &File) -> Result<ImageInfo> {
         full_backing_filename: None,
         backing_filename_format: None,
         snapshots: Vec::new(),
-        format_specific: (!device).then(|| ("file".to_owned(), Value::Map(Vec::new()))),
+        format_specific: Some(("file".to_owned(), Value::Map(Vec::new()))),
         looks_like: None,
         children: Vec::new(),
     })
