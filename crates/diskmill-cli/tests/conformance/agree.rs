@@ -2,7 +2,7 @@
 
 use diskmill_testkit::Scratch;
 
-use crate::tools::{same, same_json};
+use crate::tools::{ours, same, same_json, theirs};
 
 /// Demands that both say the same of an image in every command that inspects.
 pub fn assert_agree(scratch: &Scratch, name: &str, format: &str) {
@@ -14,7 +14,17 @@ pub fn assert_agree(scratch: &Scratch, name: &str, format: &str) {
         same(scratch, &format!("check -f {format} {name}"));
     } else {
         same_json(scratch, &format!("check --output=json -f {format} {name}"));
-        same(scratch, &format!("check -f {format} {name}"));
+        // What is wrong each says in its own words, on standard error.
+        let our = ours(scratch).words(&format!("check -f {format} {name}")).finish();
+        let their = theirs(scratch)
+            .words(&format!("check -f {format} {name}"))
+            .finish();
+        assert!(
+            our.code == their.code
+                && our.out() == their.out()
+                && our.err().lines().count() == their.err().lines().count(),
+            "not the same\n--- ours\n{our}\n--- qemu-img's\n{their}"
+        );
     }
     for target in ["raw", "qcow2"] {
         same_json(

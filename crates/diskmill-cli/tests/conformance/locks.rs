@@ -1,6 +1,6 @@
 //! Images that somebody holds: QEMU's processes and ours keep out of each other's way.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader};
 
 use diskmill_testkit::oracle::Holder;
 use diskmill_testkit::sparse_random::SparseRandom;
@@ -178,13 +178,13 @@ fn lock__our_conversion_keeps_qemu_out() {
                 "convert -p -n -r 16k -f qcow2 -O {format} held.qcow2 {name}"
             ))
             .spawn();
-        // Progress is shown once everything is open.
-        let mut first = [0; 8];
-        slow.stdout
-            .as_mut()
-            .expect("a pipe")
-            .read_exact(&mut first)
-            .expect("progress");
+        // Once progress is shown a second time, something was written: everything is open.
+        let stdout = slow.stdout.as_mut().expect("a pipe");
+        for _ in 0..2 {
+            BufReader::with_capacity(1, &mut *stdout)
+                .read_until(b'(', &mut Vec::new())
+                .expect("progress");
+        }
         for words in [
             format!("resize -f {format} {name} +1M"),
             "resize -f qcow2 held.qcow2 +1M".to_owned(),
