@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use diskmill_core::{Error, ErrorKind, HostOffset, Result, SECTOR, StorageMut};
+use diskmill_core::{Error, ErrorKind, HostOffset, Result, StorageMut};
 
 /// What a part of the main file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,7 +177,7 @@ impl Fence {
 
     /// Changes header fields from byte `at` on: one write of the first sector, which the host does not tear.
     pub(crate) fn write_header(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
-        let mut sector = [0; SECTOR as usize];
+        let mut sector = [0; 512];
         self.file.read_padded(HostOffset::ZERO, &mut sector)?;
         if let Some(field) = sector.get_mut(at..at.saturating_add(bytes.len())) {
             field.copy_from_slice(bytes);

@@ -12,6 +12,7 @@ use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
 
 use super::images::{self, Disks, Image, Kind};
+use super::model::{runner, soak};
 
 /// The operations of a story: the same for the same kind.
 fn story(kind: &Kind, image: &Image, runner: &mut TestRunner) -> Vec<Op> {
@@ -161,9 +162,9 @@ fn examine(image: &Image, epochs: &[Epoch], files: &[Vec<u8>], count: usize, con
     }
 }
 
-fn survives(image: &Image, stories: usize, seeds: u64) {
+fn survives(image: &Image, stories: u32, seeds: u64) {
     let kind = &image.kind;
-    let mut runner = TestRunner::deterministic();
+    let mut runner = runner(1);
     for number in 0..=stories {
         let ops = match number {
             0 => fill(kind),
@@ -183,7 +184,7 @@ fn survives(image: &Image, stories: usize, seeds: u64) {
 }
 
 #[test]
-fn a_power_cut_leaks_at_worst() {
+fn a_power_cut_at_random_leaks_at_worst() {
     for name in [
         "cluster 512",
         "refcount 1",
@@ -197,7 +198,7 @@ fn a_power_cut_leaks_at_worst() {
         "subclusters over raw",
     ] {
         let kind = images::named(name);
-        survives(&kind.make(), 1, 3);
+        survives(&kind.make(), soak(), 3);
     }
 }
 
@@ -281,7 +282,7 @@ fn a_call_that_fails_corrupts_nothing() {
     for name in ["cluster 512", "refcount 8", "over longer", "subclusters over raw"] {
         let kind = images::named(name);
         let image = kind.make();
-        let ops = story(&kind, &image, &mut TestRunner::deterministic());
+        let ops = story(&kind, &image, &mut runner(1));
         let attempt = |faults: &Arc<Faults>| {
             let inner = images::memory(&image.files);
             let disks: Disks = inner.iter().map(|disk| faults.wrap(Arc::clone(disk))).collect();

@@ -73,27 +73,35 @@ fn follow(image: &Image, ops: &[Op]) {
     image.assert_good(&images::bytes(&disks), model.bytes());
 }
 
-fn run(kind: &Kind, cases: u32) {
-    let image = kind.make();
-    follow(&image, &[]);
+/// How many times the usual work `cargo xtask soak` wants.
+pub fn soak() -> u32 {
+    std::env::var("DISKMILL_SOAK").map_or(1, |times| times.parse().expect("a number"))
+}
+
+/// Random choices: the same every time, so that a failure can be seen again, unless `cargo xtask soak` wants others.
+pub fn runner(cases: u32) -> TestRunner {
     let config = Config {
         cases,
         failure_persistence: None,
         ..Config::default()
     };
-    // The same operations every time: a failure can be seen again.
-    let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
-    runner
-        .run(&ops(*kind, image.unit), |ops| {
-            follow(&image, &ops);
-            Ok(())
-        })
-        .unwrap_or_else(|error| panic!("{}: {error}", kind.name));
+    let seed: u64 = std::env::var("DISKMILL_SEED").map_or(1, |seed| seed.parse().expect("a number"));
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
 }
 
 #[test]
-fn images_of_every_kind_follow_the_model() {
+fn random_operations_follow_the_model() {
     for kind in KINDS {
-        run(kind, if kind.size > 2 << 20 { 3 } else { 6 });
+        let image = kind.make();
+        follow(&image, &[]);
+        let cases = if kind.size > 1 << 20 { 3 } else { 6 };
+        runner(cases * soak())
+            .run(&ops(*kind, image.unit), |ops| {
+                follow(&image, &ops);
+                Ok(())
+            })
+            .unwrap_or_else(|error| panic!("{}: {error}", kind.name));
     }
 }
