@@ -19,6 +19,7 @@
 )]
 
 pub mod codec;
+pub mod crypt;
 pub mod preallocation;
 pub mod probe;
 pub mod qcow2;

@@ -4,10 +4,11 @@ mod support;
 
 use std::path::Path;
 
-use diskmill_core::{GuestOffset, State};
+use diskmill_core::{GuestOffset, State, Value};
+use diskmill_formats::registry;
 use diskmill_testkit::sparse_random::SparseRandom;
 use diskmill_testkit::{Scratch, oracle};
-use support::{assert_same_check, chain, layer, read_all};
+use support::{assert_same_check, chain, file, layer, read_all};
 
 /// Demands that we read `image` to the bytes of the raw file `expected`, from the map and across it.
 fn assert_reads(image: &Path, expected: &Path) {
@@ -344,4 +345,70 @@ fn runs_cross_l2_tables() {
     }
     // An L2 table covers 2 MiB, and the clusters of several follow one another.
     assert!(runs <= 10, "{runs} runs");
+}
+
+/// The keys and values of `format-specific`.
+fn tree(value: &Value) -> serde_json::Value {
+    match value {
+        Value::Bool(flag) => (*flag).into(),
+        Value::Int(number) => (*number).into(),
+        Value::Text(text) => text.as_str().into(),
+        Value::List(values) => values.iter().map(tree).collect(),
+        Value::Map(pairs) => pairs
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), tree(value)))
+            .collect::<serde_json::Map<_, _>>()
+            .into(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_info_shows_is_what_qemu_shows() {
+    let dir = Scratch::new();
+    let image = dir.join("shown.qcow2");
+    let data = dir.join("shown.data");
+    let with_data = format!("data_file={}", data.display());
+    let with_raw_data = format!("{with_data},data_file_raw=on");
+    for options in [
+        "compat=0.10",
+        "lazy_refcounts=on,refcount_bits=1",
+        "compression_type=zstd,extended_l2=on",
+        &with_data,
+        &with_raw_data,
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,encrypt.cipher-mode=cbc,\
+         encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256,encrypt.cipher-alg=aes-128,encrypt.hash-alg=sha1",
+        "encrypt.format=aes,encrypt.key-secret=s",
+    ] {
+        oracle::qemu_img()
+            .args([
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "--object",
+                "secret,id=s,data=abc",
+                "-o",
+                options,
+            ])
+            .arg(&image)
+            .arg("1M")
+            .ok();
+        if !options.contains("compat=0.10") {
+            oracle::qemu_img()
+                .args(["bitmap", "--add", "-g", "4k"])
+                .arg(&image)
+                .arg("b0")
+                .finish();
+        }
+        let theirs = oracle::info(&image, "qcow2", false);
+        let driver = registry::by_name("qcow2").unwrap();
+        let parsed = driver.parse(file(&image), &Default::default()).unwrap();
+        let facts = parsed.facts();
+        let ours = tree(facts.specific.as_ref().unwrap());
+        assert_eq!(ours, theirs["format-specific"]["data"], "{options}");
+        assert_eq!(facts.encrypted, theirs.get("encrypted").is_some(), "{options}");
+        std::fs::remove_file(&image).unwrap();
+    }
 }

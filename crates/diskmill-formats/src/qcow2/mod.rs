@@ -46,6 +46,7 @@ use diskmill_core::{
 use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
 
+use crate::crypt::luks;
 use header::{Autoclear, Compatible, CryptMethod, Header, HeaderError, Incompatible, Version};
 use layout::V2_HEADER_LEN;
 
@@ -136,7 +137,8 @@ impl Qcow2Image {
         facts.backing = header.backing();
         facts.snapshots = snapshots.into_iter().map(|snapshot| snapshot.facts).collect();
         facts.bitmaps = (header.version == Version::V3).then(|| bitmaps.iter().map(bitmap::facts).collect());
-        facts.specific = Some(describe(&header, &bitmaps));
+        let encrypt = describe_encryption(main, &header, how)?;
+        facts.specific = Some(describe(&header, &bitmaps, encrypt));
         let mut references = Vec::new();
         if header.has_data_file() {
             let name = header.data_file_name().ok_or_else(|| {
@@ -258,8 +260,31 @@ static TUNING: [&str; 13] = [
     "detect-zeroes",
 ];
 
+/// What `info` shows of the encryption.
+fn describe_encryption(
+    main: &dyn Storage,
+    header: &Header,
+    how: &OpenSpec,
+) -> Result<Option<Vec<(&'static str, Value)>>> {
+    match (header.crypt_method, header.encryption()) {
+        (CryptMethod::None, _) => Ok(None),
+        (CryptMethod::Luks, Some(place)) => match luks::describe(main, place.offset) {
+            Ok(facts) => Ok(Some(facts)),
+            Err(_) if how.for_check => Ok(None),
+            Err(error) => Err(error.op("read the LUKS header")),
+        },
+        (CryptMethod::Aes | CryptMethod::Luks, _) => {
+            Ok(Some(vec![("format", Value::Text("aes".to_owned()))]))
+        }
+    }
+}
+
 /// What `info` shows of a qcow2 image alone.
-fn describe(header: &Header, bitmaps: &[bitmap::Bitmap]) -> Value {
+fn describe(
+    header: &Header,
+    bitmaps: &[bitmap::Bitmap],
+    encrypt: Option<Vec<(&'static str, Value)>>,
+) -> Value {
     let mut map = vec![
         ("compat", Value::Text(header.version.compat().to_owned())),
         (
@@ -282,13 +307,8 @@ fn describe(header: &Header, bitmaps: &[bitmap::Bitmap]) -> Value {
         map.push(("data-file", Value::Text(name)));
         map.push(("data-file-raw", Value::Bool(raw)));
     }
-    match header.crypt_method {
-        CryptMethod::None => {}
-        CryptMethod::Aes => map.push(("encrypt", Value::Map(vec![("format", Value::Text("aes".into()))]))),
-        CryptMethod::Luks => map.push((
-            "encrypt",
-            Value::Map(vec![("format", Value::Text("luks".into()))]),
-        )),
+    if let Some(encrypt) = encrypt {
+        map.push(("encrypt", Value::Map(encrypt)));
     }
     if is_v3 {
         map.push((
