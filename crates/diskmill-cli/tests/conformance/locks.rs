@@ -169,13 +169,14 @@ fn lock__raw_images() {
 #[test]
 fn lock__our_conversion_keeps_qemu_out() {
     let scratch = with_images();
+    oracle::io(scratch.join("held.qcow2"), "qcow2", ["write -P 7 0 1M"]);
     theirs(&scratch).words("create -q -f qcow2 target.qcow2 1M").ok();
     theirs(&scratch).words("create -q -f raw target.raw 1M").ok();
     for format in ["qcow2", "raw"] {
         let name = format!("target.{format}");
         let mut slow = ours(&scratch)
             .words(&format!(
-                "convert -p -n -r 16k -f qcow2 -O {format} held.qcow2 {name}"
+                "convert -p -n -r 2k -f qcow2 -O {format} held.qcow2 {name}"
             ))
             .spawn();
         // Once progress is shown a second time, something was written: everything is open.
@@ -192,14 +193,15 @@ fn lock__our_conversion_keeps_qemu_out() {
         ] {
             // For raw QEMU itself would let a second writer in: ours keeps QEMU's and our own out.
             for other in [ours(&scratch), theirs(&scratch)] {
-                let done = other.words(&words).finish().expect(1);
-                assert!(done.err().contains("lock"), "{done}");
+                let done = other.words(&words).finish();
+                let ended = slow.try_wait().expect("the conversion");
+                assert!(
+                    ended.is_none(),
+                    "the conversion ended too soon to tell: {ended:?}\n{done}"
+                );
+                assert!(done.code == Some(1) && done.err().contains("lock"), "{done}");
             }
         }
-        assert!(
-            slow.try_wait().expect("the conversion").is_none(),
-            "it ended too soon to tell"
-        );
         slow.kill().expect("kill the conversion");
         slow.wait().expect("wait for the conversion");
         theirs(&scratch).words(&format!("info -f {format} {name}")).ok();
