@@ -21,6 +21,8 @@ pub struct Failure {
 enum Cause {
     /// The command line makes no sense.
     Usage { text: String, try_help: bool },
+    /// What is asked for is understood and not done.
+    Refused(String),
     /// A library call failed; the frame says how `qemu-img` would introduce it.
     Library { error: Error, frame: Frame },
     /// All has been said.
@@ -68,6 +70,14 @@ impl Failure {
                 text: text.into(),
                 try_help: true,
             },
+            exit: Exit::FAILED,
+        }
+    }
+
+    /// A request that is understood and not done; the text says what to do instead, if anything.
+    pub fn refused(text: impl Into<String>) -> Self {
+        Self {
+            cause: Cause::Refused(text.into()),
             exit: Exit::FAILED,
         }
     }
@@ -129,6 +139,8 @@ impl Failure {
     pub fn report(&self, ui: &Ui) {
         match &self.cause {
             Cause::Usage { text, try_help } => self.report_usage(ui, text, *try_help),
+            Cause::Refused(text) if ui.drop_in() => ui.note(&format!("qemu-img: {text}\n")),
+            Cause::Refused(text) => ui.note(&format!("diskmill: error: {}\n", escape(text))),
             Cause::Library { error, frame } if ui.drop_in() => {
                 ui.note(&format!("qemu-img: {}\n", drop_in_text(error, frame)));
             }
@@ -153,9 +165,11 @@ impl Failure {
                 ui.note(&format!("Try 'qemu-img{command} --help' for more info\n"));
             }
         } else {
+            // Further lines are the real tool's second thoughts.
+            let first = text.lines().next().unwrap_or_default();
             ui.note(&format!(
                 "diskmill: error: {}\n",
-                escape(text.trim_end_matches('.'))
+                escape(first.trim_end_matches('.'))
             ));
             ui.note(&format!(
                 "  hint: 'diskmill{command} --help' lists what can be given\n"

@@ -101,7 +101,7 @@ fn drop_in(ui: &mut Ui, args: &[OsString]) -> Result<Exit, Failure> {
     let text = name.to_string_lossy();
     let Some(spec) = commands::find(&text).filter(|spec| spec.shared) else {
         return Err(match is_for_later(name) {
-            true => Failure::usage(format!("{text}: this command is not supported yet")),
+            true => Failure::refused(format!("{text}: this command is not supported yet")),
             false => Failure::usage_help(format!("Command not found: {text}")),
         });
     };
@@ -137,7 +137,7 @@ fn native(ui: &mut Ui, args: &[OsString]) -> Result<Exit, Failure> {
     let Some(spec) = spec else {
         if let Some(name) = args.first().filter(|name| is_for_later(name)) {
             let name = name.to_string_lossy();
-            return Err(Failure::usage(format!(
+            return Err(Failure::refused(format!(
                 "the command '{name}' is not supported yet"
             )));
         }

@@ -60,7 +60,7 @@ impl Run for CheckArgs {
         let json = wants_json(self.output.as_deref(), &self.json)?;
         match self.repair.as_deref() {
             None => {}
-            Some("leaks" | "all") => return Err(Failure::usage("Repairing images is not supported yet")),
+            Some("leaks" | "all") => return Err(Failure::refused("repairing images is not supported yet")),
             Some(other) => {
                 return Err(Failure::usage_help(format!(
                     "--repair (-r) expects 'leaks' or 'all' not '{other}'"
@@ -101,7 +101,7 @@ impl Run for CheckArgs {
 
 fn unsupported(ui: &Ui, error: diskmill_core::Error) -> Failure {
     let failure = if ui.drop_in() {
-        Failure::usage("This image format does not support checks")
+        Failure::refused("This image format does not support checks")
     } else {
         Failure::from(error)
     };

@@ -396,7 +396,7 @@ fn refuse_containers(name: &OsString, request: &OpenRequest) -> Result<(), Failu
     let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
     match image.nodes.first() {
         Some(node) if node.facts.format == Format::Raw => match node.looks_like {
-            Some(what) => Err(Failure::usage(format!(
+            Some(what) => Err(Failure::refused(format!(
                 "'{}' looks like {what}, not a disk image; say --source-format raw to copy it as it is",
                 name.to_string_lossy()
             ))),

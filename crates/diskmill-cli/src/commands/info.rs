@@ -1,5 +1,6 @@
 use std::ffi::OsString;
 use std::fmt::Write as _;
+use std::path::Path;
 
 use clap::Args;
 use diskmill::open::OpenError;
@@ -62,7 +63,8 @@ impl Run for InfoArgs {
             ..Source::default()
         };
         let request = source.request(name, &self.trust, ui)?;
-        let infos = gather(&request, self.backing_chain).map_err(|error| failed(name, error))?;
+        let infos =
+            gather(&request, self.backing_chain).map_err(|error| failed(name, request.spec.path(), error))?;
         let text = match (json, infos.as_slice()) {
             (true, [only]) if !self.backing_chain => to_json(only, ui).pretty(),
             (true, all) => Json::List(all.iter().map(|info| to_json(info, ui)).collect()).pretty(),
@@ -76,13 +78,13 @@ impl Run for InfoArgs {
     }
 }
 
-/// Names the image of the chain that did not open.
-fn failed(name: &OsString, error: Error) -> Failure {
+/// Names the image of the chain that did not open: `name`, whose file is `file`, or one below it.
+fn failed(name: &OsString, file: &Path, error: Error) -> Failure {
     if matches!(error.find::<OpenError>(), Some(OpenError::Loop(_))) {
         return Failure::from(error);
     }
     match &error.context().path {
-        Some(path) if path.as_os_str() != name.as_os_str() => {
+        Some(path) if path != file => {
             let path = path.clone().into_os_string();
             Failure::open(&path, error)
         }
