@@ -46,7 +46,7 @@ impl Permissions {
     }
 
     fn numbers(self) -> impl Iterator<Item = u8> {
-        (0..4).filter(move |number| self.0 & (1 << number) != 0)
+        (0..COUNT as u8).filter(move |number| self.0 & (1 << number) != 0)
     }
 }
 
@@ -133,6 +133,8 @@ pub struct LockByteError {
     pub source: Errno,
 }
 
+/// How many permissions there are.
+const COUNT: u64 = 4;
 const USED: u64 = 100;
 const UNSHARED: u64 = 200;
 
@@ -184,7 +186,17 @@ fn take(fd: BorrowedFd<'_>, plan: LockPlan) -> Result<()> {
 /// Unlocking cannot fail in a way that matters: what stays locked goes with the file.
 fn release(fd: BorrowedFd<'_>, plan: LockPlan) {
     for byte in bytes(plan) {
-        let _ = os::unlock(fd, byte);
+        let _ = os::unlock(fd, byte, 1);
+    }
+}
+
+/// Releases all that any plan can hold.
+///
+/// Closing the file does so too, but only with the last descriptor: a child process that has not got to its `exec` yet
+/// may still have one.
+pub(crate) fn release_all(fd: BorrowedFd<'_>) {
+    for base in [USED, UNSHARED] {
+        let _ = os::unlock(fd, base, COUNT);
     }
 }
 

@@ -337,3 +337,16 @@ fn devices_are_locked_as_files_are() {
         .arg(device.path());
     demand(change, "Failed to get \"write\" lock");
 }
+
+#[test]
+fn a_closed_file_is_free_whoever_else_has_its_descriptor() {
+    use std::os::fd::AsFd;
+    let scratch = Scratch::new();
+    let path = image(&scratch, "raw");
+    let file = File::open(&path, &options(LockPlan::WRITE)).unwrap();
+    // As a child process has it between its fork and its exec.
+    let _copy = file.as_fd().try_clone_to_owned().unwrap();
+    drop(file);
+    assert!(locked_bytes(&path).is_empty());
+    assert_eq!(refusal(&path, LockPlan::WRITE), "");
+}

@@ -391,6 +391,14 @@ impl File {
     }
 }
 
+impl Drop for File {
+    fn drop(&mut self) {
+        if self.locks() != LockPlan::NONE {
+            lock::release_all(self.as_fd());
+        }
+    }
+}
+
 impl AsFd for File {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

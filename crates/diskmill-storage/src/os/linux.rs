@@ -181,29 +181,36 @@ pub(crate) fn copy_range(
 
 /// Takes a shared lock on one byte, owned by the open file description.
 pub(crate) fn lock_shared(fd: BorrowedFd<'_>, byte: u64) -> Result<()> {
-    ofd_lock(fd, libc::F_OFD_SETLK, libc::F_RDLCK, byte).map(drop)
+    ofd_lock(fd, libc::F_OFD_SETLK, libc::F_RDLCK, byte, 1).map(drop)
 }
 
-/// Releases the lock on one byte.
-pub(crate) fn unlock(fd: BorrowedFd<'_>, byte: u64) -> Result<()> {
-    ofd_lock(fd, libc::F_OFD_SETLK, libc::F_UNLCK, byte).map(drop)
+/// Releases the locks on `count` bytes from `first`.
+pub(crate) fn unlock(fd: BorrowedFd<'_>, first: u64, count: u64) -> Result<()> {
+    ofd_lock(fd, libc::F_OFD_SETLK, libc::F_UNLCK, first, count).map(drop)
 }
 
 /// Whether another open file description holds any lock on `byte`. Takes nothing and works on read-only files.
 pub(crate) fn is_locked_by_other(fd: BorrowedFd<'_>, byte: u64) -> Result<bool> {
-    let answer = ofd_lock(fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte)?;
+    let answer = ofd_lock(fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte, 1)?;
     Ok(answer != libc::F_UNLCK)
 }
 
-/// One `fcntl` on a lock of one byte; answers the lock type the kernel leaves behind.
-fn ofd_lock(fd: BorrowedFd<'_>, command: libc::c_int, kind: libc::c_int, byte: u64) -> Result<libc::c_int> {
-    let start = libc::off_t::try_from(byte).map_err(|_| Errno::INVAL)?;
+/// One `fcntl` on a lock of `count` bytes from `first`; answers the lock type the kernel leaves behind.
+fn ofd_lock(
+    fd: BorrowedFd<'_>,
+    command: libc::c_int,
+    kind: libc::c_int,
+    first: u64,
+    count: u64,
+) -> Result<libc::c_int> {
+    let start = libc::off_t::try_from(first).map_err(|_| Errno::INVAL)?;
+    let len = libc::off_t::try_from(count).map_err(|_| Errno::INVAL)?;
     // SAFETY: `flock` is a plain C struct of integers, for which all zeros is a value. `l_pid` must be 0.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = kind as libc::c_short;
     lock.l_whence = libc::SEEK_SET as libc::c_short;
     lock.l_start = start;
-    lock.l_len = 1;
+    lock.l_len = len;
     loop {
         // SAFETY: `fd` is open for the call and the commands given here read and write one `flock` only.
         let result = unsafe { libc::fcntl(fd.as_raw_fd(), command, &raw mut lock) };

@@ -29,7 +29,7 @@ unsupported! {
     exchange(BorrowedFd<'_>, &Path, &Path) -> ();
     copy_range(BorrowedFd<'_>, u64, BorrowedFd<'_>, u64, usize) -> usize;
     lock_shared(BorrowedFd<'_>, u64) -> ();
-    unlock(BorrowedFd<'_>, u64) -> ();
+    unlock(BorrowedFd<'_>, u64, u64) -> ();
     is_locked_by_other(BorrowedFd<'_>, u64) -> bool;
 }
 
