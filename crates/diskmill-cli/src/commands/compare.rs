@@ -98,6 +98,7 @@ impl CompareArgs {
         };
         let one = open(first, self.a_format.as_deref()).map_err(not_open)?;
         let two = open(second, self.b_format.as_deref()).map_err(not_open)?;
+        let shorter = one.chain.virtual_size().min(two.chain.virtual_size());
         let progress = Progress::begin(ui, style)?;
         let options = CompareOptions {
             strict: self.strict,
@@ -106,18 +107,31 @@ impl CompareArgs {
         let verdict = run(&one, &two, options, progress.job());
         progress.signals().die_if_cancelled(&verdict);
         let end = match verdict {
-            Ok(verdict) => self.tell(ui, &progress, verdict, json),
+            Ok(verdict) => self.tell(ui, &progress, verdict, shorter, json),
             Err(error) => Err(failed(error, first, second)),
         };
         progress.end();
         end
     }
 
-    fn tell(&self, ui: &Ui, progress: &Progress, verdict: Verdict, json: bool) -> Result<Exit, Failure> {
+    fn tell(
+        &self,
+        ui: &Ui,
+        progress: &Progress,
+        verdict: Verdict,
+        shorter: u64,
+        json: bool,
+    ) -> Result<Exit, Failure> {
         if json {
             ui.print(to_json(verdict).pretty())?;
         } else if !self.quiet {
-            if verdict.sizes_differ && verdict.difference != Some(Difference::Size) {
+            // It is noticed where the shorter image ends, so not if they differ before.
+            let noticed = match verdict.difference {
+                Some(Difference::Size) => false,
+                Some(Difference::Content { offset } | Difference::Allocation { offset }) => offset >= shorter,
+                _ => true,
+            };
+            if verdict.sizes_differ && noticed {
                 ui.print("Warning: Image size mismatch!\n")?;
             }
             if verdict.difference.is_none() {

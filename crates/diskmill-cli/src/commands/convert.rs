@@ -85,7 +85,7 @@ pub struct ConvertArgs {
     /// Write this many bytes a second at most
     #[arg(short, long, value_name = "RATE")]
     rate: Option<String>,
-    /// Threads to use at most, 1 to 16 (default: one for each core)
+    /// Threads to use at most (default: one for each core)
     #[arg(short = 'm', long, value_name = "NUM")]
     parallel: Option<String>,
     /// Let the kernel copy data that need not be looked at
@@ -126,7 +126,7 @@ impl Run for ConvertArgs {
         let Some(options) = creation_options(ui, &self.target_options, format, target)? else {
             return Ok(Exit::OK);
         };
-        let settings = self.settings(options, format)?;
+        let settings = self.settings(ui, options, format)?;
         let (target, sources) = match self.names.split_last() {
             Some((target, sources)) if !sources.is_empty() => (target, sources),
             _ => return Err(Failure::usage("Must specify image file name")),
@@ -152,6 +152,9 @@ impl Run for ConvertArgs {
     }
 }
 
+/// Threads that can be asked for under our own name.
+const MOST_THREADS: u64 = 256;
+
 /// What the options come to, apart from names.
 struct Settings {
     options: Options,
@@ -164,7 +167,7 @@ struct Settings {
 
 impl ConvertArgs {
     /// Checks what can be checked without looking at files, in the order the real tool does.
-    fn settings(&self, options: Options, format: &str) -> Result<Settings, Failure> {
+    fn settings(&self, ui: &Ui, options: Options, format: &str) -> Result<Settings, Failure> {
         let snapshot = self
             .source_snapshot
             .as_deref()
@@ -177,7 +180,8 @@ impl ConvertArgs {
         let workers = match &self.parallel {
             None => None,
             Some(text) => {
-                let number = keyval::number("number of coroutines", text, 1, 16)?;
+                let most = if ui.drop_in() { 16 } else { MOST_THREADS };
+                let number = keyval::number("number of coroutines", text, 1, most)?;
                 usize::try_from(number).ok().and_then(NonZeroUsize::new)
             }
         };

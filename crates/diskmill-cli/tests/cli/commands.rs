@@ -147,6 +147,8 @@ fn compare_prints_the_same() {
         compare a.raw longer.raw
         compare longer.raw a.raw
         compare empty.raw empty.raw
+        compare odd.raw a.raw
+        compare odd.raw zero.raw
         compare -U a.raw a.raw
         compare --image-opts driver=raw,file.filename=a.raw driver=raw,file.filename=a.raw
         ",

@@ -35,7 +35,7 @@ fn usage_errors_point_to_help() {
         ("info", 1, "file name"),
         ("info --bogus x", 1, "--bogus"),
         ("info --o x", 1, "--o"),
-        ("convert -m 99 a b", 1, "between 1 and 16"),
+        ("convert -m 999 a b", 1, "between 1 and 256"),
         ("compare a", 2, "two image file names"),
         ("compare --bogus a b", 2, "--bogus"),
         ("convert --progress=loud a b", 1, "loud"),
