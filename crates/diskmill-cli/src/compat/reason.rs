@@ -62,6 +62,7 @@ fn spec_text(spec: &SpecError) -> String {
         SpecError::NoFileName { driver } => {
             format!("The '{driver}' block driver requires a file name")
         }
+        SpecError::NoFile(_) => "A block device must be specified for \"file\"".to_owned(),
         SpecError::NeitherDriverNorFile => "Must specify either driver or file".to_owned(),
         SpecError::NoSuchNode(node) => format!("Cannot find device='{node}' nor node-name='{node}'"),
         SpecError::Json(why) => format!("Could not parse the JSON options: JSON parse error, {why}"),

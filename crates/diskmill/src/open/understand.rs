@@ -61,7 +61,9 @@ impl Understood {
             Place::Top(access) => access,
             Place::Backing => Access::Read,
         };
-        let file = Arc::new(open_file(&spec.file, access, spec, request)?);
+        let mut wanted = spec.file.clone();
+        wanted.device |= named == Some("host_device");
+        let file = Arc::new(open_file(&wanted, access, spec, request)?);
         let probed = driver.is_none();
         let mut looks_like = None;
         let driver = match driver {
