@@ -81,8 +81,9 @@ fn tail(old: Slot, fresh: bool, geometry: Geometry, inside: u64) -> Range<u64> {
 }
 
 impl Run {
-    /// Finds the place for up to `max` bytes at `at`, taking new clusters if that is what they need.
-    fn plan(tables: &mut Tables, at: GuestOffset, max: usize) -> Result<Self> {
+    /// Finds the place for up to `max` bytes at `at`, taking new clusters if that is what they need. `bare` says that
+    /// there is no layer below.
+    fn plan(tables: &mut Tables, at: GuestOffset, max: usize, bare: bool) -> Result<Self> {
         let geometry = tables.geometry;
         let cluster = geometry.cluster_size();
         let first_at = at.align_down(cluster);
@@ -133,15 +134,29 @@ impl Run {
         };
         let end = end.min(first_at.get() + old.len() as u64 * cluster);
         let last_at = GuestOffset::new(end - 1).align_down(cluster);
-        let edge = |slot: Option<&Slot>| slot.copied().unwrap_or(Slot::ABSENT);
+        let first = old.first().copied().unwrap_or(Slot::ABSENT);
+        let last = old.last().copied().unwrap_or(Slot::ABSENT);
+        let (start_inside, end_inside) = (at.within(cluster), end - last_at.get());
+        let zeros = |slot: Slot| slot.place == Place::Nowhere && (bare || slot.zero == all(geometry));
+        let is_fresh = fresh.is_some();
+        let (head, tail) =
+            if is_fresh && zeros(first) && zeros(last) && host.get() >= tables.fence.file().len()? {
+                // Around the bytes belong zeros, and so there are behind the end of the file.
+                (start_inside..start_inside, end_inside..end_inside)
+            } else {
+                (
+                    head(first, is_fresh, geometry, start_inside),
+                    tail(last, is_fresh, geometry, end_inside),
+                )
+            };
         Ok(Self {
             at,
             len: usize::try_from(end - at.get()).unwrap_or(max),
             host,
             fresh,
-            head: head(edge(old.first()), fresh.is_some(), geometry, at.within(cluster)),
-            tail: tail(edge(old.last()), fresh.is_some(), geometry, end - last_at.get()),
             old,
+            head,
+            tail,
         })
     }
 
@@ -190,7 +205,7 @@ impl Image {
     pub(super) fn write_held(&self, at: GuestOffset, buf: &[u8], below: &Chain) -> Result<()> {
         let (mut at, mut rest) = (at, buf);
         while !rest.is_empty() {
-            let run = self.change(|tables| Run::plan(tables, at, rest.len()))?;
+            let run = self.change(|tables| Run::plan(tables, at, rest.len(), below.is_empty()))?;
             let (now, later) = rest.split_at(run.len.clamp(1, rest.len()));
             let mut entered = 0;
             let result = self.store(&run, now, below).and_then(|()| {

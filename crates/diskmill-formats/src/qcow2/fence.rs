@@ -213,3 +213,73 @@ impl Fence {
         if self.unsynced { self.sync() } else { Ok(()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use diskmill_storage::Memory;
+
+    use super::*;
+
+    fn fence() -> Fence {
+        let mut fence = Fence::new(Arc::new(Memory::new()), None, 9);
+        fence.protect(0..512, Part::Header);
+        fence.protect(1024..4096, Part::RefcountTable);
+        fence.protect_table(8192, Part::ActiveL2);
+        fence
+    }
+
+    #[test]
+    fn data_stays_clear_of_metadata() {
+        let fence = fence();
+        for free in [512..1024, 4096..8192, 8704..1 << 40] {
+            fence.check(Part::Data, free).unwrap();
+        }
+        for hit in [
+            0..1,
+            511..513,
+            1000..1025,
+            4095..4096,
+            2000..2001,
+            0..1 << 40,
+            8703..8704,
+            4096..8193,
+        ] {
+            let error = fence.check(Part::Data, hit.clone()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{hit:?}");
+            assert!(error.find::<Overlap>().is_some());
+        }
+    }
+
+    #[test]
+    fn metadata_may_be_written_where_it_is_and_nowhere_else() {
+        let mut fence = fence();
+        fence.write(Part::RefcountTable, 1536, &[1; 512]).unwrap();
+        fence.write(Part::ActiveL2, 8192, &[1; 512]).unwrap();
+        fence.write(Part::ActiveL2, 1536, &[1; 512]).unwrap_err();
+        fence.write(Part::RefcountBlock, 8192, &[1; 512]).unwrap_err();
+        fence.write(Part::Header, 8192, &[1; 512]).unwrap_err();
+    }
+
+    #[test]
+    fn protection_ends_with_the_last_that_names_it() {
+        let mut fence = fence();
+        fence.protect_table(8192, Part::ActiveL2);
+        assert!(!fence.unprotect_table(8192));
+        fence.check(Part::Data, 8192..8193).unwrap_err();
+        assert!(fence.unprotect_table(8192));
+        fence.check(Part::Data, 8192..8193).unwrap();
+        fence.unprotect(1024);
+        fence.check(Part::Data, 1024..4096).unwrap();
+    }
+
+    #[test]
+    fn regions_that_overlap_are_guarded_as_one() {
+        let mut fence = fence();
+        fence.protect(3000..9000, Part::ActiveL1);
+        fence.protect(5000..5001, Part::SnapshotTable);
+        for byte in [1024, 3500, 5000, 8999] {
+            fence.check(Part::Data, byte..byte + 1).unwrap_err();
+        }
+        fence.check(Part::Data, 9216..9300).unwrap();
+    }
+}

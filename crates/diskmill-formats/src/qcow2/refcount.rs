@@ -10,12 +10,16 @@
 //! cluster exists, and its user lowers a count only once the reference is durably gone. Table entries that point to new
 //! blocks are written by [`write_table`](Refcounts::write_table) only, after the blocks are durable.
 
+mod count;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use diskmill_core::{Error, ErrorKind, HostOffset, Result};
 
 use super::fence::{Fence, Part};
+pub(crate) use count::get_count;
+use count::set_count;
 
 /// The largest refcount table QEMU opens, in bytes.
 pub(crate) const MAX_TABLE_BYTES: u64 = 8 << 20;
@@ -26,6 +30,10 @@ const HEADER_TABLE_AT: usize = 48;
 /// Bytes of blocks kept in memory, unless that is less than [`MIN_BLOCKS`].
 const CACHE_BYTES: u64 = 4 << 20;
 const MIN_BLOCKS: usize = 4;
+
+/// Blocks without a free cluster that are searched behind the end of the file. A table can name the same full block a
+/// million times.
+const BLOCKS_PAST_END: u64 = 64;
 
 /// Table entries in one write.
 const ENTRIES_PER_SECTOR: usize = 64;
@@ -52,6 +60,11 @@ pub(crate) enum RefcountError {
     /// A fixed-length file is full.
     #[error("no free cluster below the end of the file, which is cluster {end:#x}")]
     Full { end: u64 },
+    /// Counts where there is no file.
+    #[error(
+        "clusters {from:#x} to {to:#x} have refcounts, must have none: the file ends at cluster {from:#x}"
+    )]
+    PastEnd { from: u64, to: u64 },
     /// Offsets have run out.
     #[error("no free cluster at an offset that a table entry can hold")]
     TooFar,
@@ -267,11 +280,22 @@ impl Refcounts {
     /// The first cluster from `from` on whose count is zero.
     fn next_free(&mut self, fence: &mut Fence, from: u64) -> Result<u64> {
         let (per_block, order) = (self.per_block(), self.order);
+        let file_end = fence.file().len()?.div_ceil(fence.cluster_size());
+        let far = file_end.max(from).saturating_add(BLOCKS_PAST_END * per_block);
         let mut at = from;
         while let Some(block) = self.block(fence, at / per_block)? {
             match (at % per_block..per_block).find(|index| get_count(&block.bytes, order, *index) == 0) {
                 Some(index) => return Ok(at - at % per_block + index),
                 None => at = at - at % per_block + per_block,
+            }
+            if at > far {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    RefcountError::PastEnd {
+                        from: file_end,
+                        to: at,
+                    },
+                ));
             }
         }
         Ok(at)
@@ -530,10 +554,11 @@ impl Refcounts {
         Ok(())
     }
 
-    /// The cluster behind the last one whose count is not zero.
+    /// The cluster behind the last one in the file whose count is not zero.
     pub(crate) fn used_end(&mut self, fence: &mut Fence) -> Result<u64> {
         let (per_block, order) = (self.per_block(), self.order);
-        for index in (0..self.table.len() as u64).rev() {
+        let file_end = fence.file().len()?.div_ceil(fence.cluster_size());
+        for index in (0..file_end.div_ceil(per_block)).rev() {
             if let Some(block) = self.block(fence, index)?
                 && let Some(last) = (0..per_block).rfind(|at| get_count(&block.bytes, order, *at) != 0)
             {
@@ -566,52 +591,5 @@ fn join(dirty: &Range<usize>, more: Range<usize>) -> Range<usize> {
     }
 }
 
-/// Count `index` of a block whose counts have `1 << order` bits.
-pub(crate) fn get_count(block: &[u8], order: u32, index: u64) -> u64 {
-    let Ok(index) = usize::try_from(index) else {
-        return 0;
-    };
-    match order {
-        0..=2 => {
-            let bits = 1u32 << order;
-            let per_byte = 8 >> order;
-            let byte = block.get(index / per_byte).copied().unwrap_or(0);
-            let shift = (index % per_byte) << order;
-            u64::from(byte >> shift) & ((1 << bits) - 1)
-        }
-        _ => {
-            let width = 1usize << (order - 3).min(3);
-            let bytes = block.get(index * width..(index + 1) * width).unwrap_or(&[]);
-            bytes.iter().fold(0, |count, byte| count << 8 | u64::from(*byte))
-        }
-    }
-}
-
-/// Sets count `index` of a block and returns the bytes that changed. `count` must fit in its bits.
-pub(crate) fn set_count(block: &mut [u8], order: u32, index: u64, count: u64) -> Range<usize> {
-    let Ok(index) = usize::try_from(index) else {
-        return 0..0;
-    };
-    match order {
-        0..=2 => {
-            let per_byte = 8 >> order;
-            let at = index / per_byte;
-            let shift = (index % per_byte) << order;
-            let mask = ((1u8 << (1u32 << order)) - 1) << shift;
-            if let Some(byte) = block.get_mut(at) {
-                let [.., low] = count.to_be_bytes();
-                *byte = *byte & !mask | low << shift & mask;
-            }
-            at..at + 1
-        }
-        _ => {
-            let width = 1usize << (order - 3).min(3);
-            let range = index * width..(index + 1) * width;
-            let source = count.to_be_bytes();
-            if let (Some(to), Some(from)) = (block.get_mut(range.clone()), source.get(8 - width..)) {
-                to.copy_from_slice(from);
-            }
-            range
-        }
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -55,6 +55,8 @@ impl Image {
     }
 
     fn grow(&self, old: u64, size: u64, entries: u64, below: &Chain) -> Result<()> {
+        // Whatever was left behind the end of the disk must not come to light.
+        self.empty_behind(old.next_multiple_of(self.geometry.cluster_size()))?;
         self.change(|tables| {
             if tables.l1_len() < entries {
                 tables.grow_l1(entries)?;
@@ -82,14 +84,26 @@ impl Image {
 
     fn shrink(&self, old: u64, size: u64, below: &Chain) -> Result<()> {
         let cluster = self.geometry.cluster_size();
-        let covers = self.geometry.l1_entry_covers();
         let edge = size.next_multiple_of(cluster);
         if size < edge.min(old) {
             // What is left of the last cluster must be zeros if the disk grows again.
             self.zero_held(size..edge.min(old), ZeroHow::KeepAllocated, below)?;
         }
+        self.empty_behind(edge)?;
+        self.set_size(size)?;
+        if self.geometry.data_file() && !self.data.hints().fixed_len {
+            self.data.set_len(size)?;
+        }
+        self.change(|tables| tables.truncate())
+    }
+
+    /// Gives back all clusters from `edge` on.
+    fn empty_behind(&self, edge: u64) -> Result<()> {
+        let covers = self.geometry.l1_entry_covers();
         let mut at = edge;
-        while !at.is_multiple_of(covers) && at < old {
+        let end = edge.next_multiple_of(covers);
+        let known = self.look(|tables| Ok(tables.l1_len().saturating_mul(covers)))?;
+        while at < end.min(known) && self.look(|tables| tables.has_l2(GuestOffset::new(at)))? {
             let start = GuestOffset::new(at);
             self.change(|tables| {
                 let slot = tables.slot(start)?;
@@ -99,15 +113,9 @@ impl Image {
                 }
                 tables.settle_if_many()
             })?;
-            at += cluster;
+            at += self.geometry.cluster_size();
         }
-        let rest = GuestOffset::new(edge.next_multiple_of(covers));
-        self.drop_from(rest)?;
-        self.set_size(size)?;
-        if self.geometry.data_file() && !self.data.hints().fixed_len {
-            self.data.set_len(size)?;
-        }
-        self.change(|tables| tables.truncate())
+        self.drop_from(GuestOffset::new(end))
     }
 
     /// Writes everything back, then the size.

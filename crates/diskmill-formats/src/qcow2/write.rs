@@ -22,7 +22,7 @@ use super::layer::{Decoders, data_index};
 use super::map::{CompressedSpan, Geometry};
 use super::slot::{Place, Slot};
 use super::snapshot;
-use super::tables::{Reclaim, Tables};
+use super::tables::{Reclaim, Tables, past_end};
 
 /// Where the header keeps its incompatible features.
 const HEADER_INCOMPATIBLE_AT: usize = 72;
@@ -262,13 +262,28 @@ impl Image {
             len += next.len;
         }
         let state = match first.state {
-            RunState::Data(span) => RunState::Data(HostSpan { len, ..span }),
+            RunState::Data(span) => {
+                len = self.clip(span.at, len)?;
+                RunState::Data(HostSpan { len, ..span })
+            }
             RunState::Zero { reserved: Some(span) } => RunState::Zero {
                 reserved: Some(HostSpan { len, ..span }),
             },
             other => other,
         };
         Ok(Extent { len, state })
+    }
+
+    /// Cuts a run of data behind the last cluster of the file; fails if it begins there. The last cluster may not have
+    /// been written to its end: the rest of it reads as zeros.
+    fn clip(&self, host: HostOffset, len: u64) -> Result<u64> {
+        let cluster = self.geometry.cluster_size();
+        let file_len = self.data.len()?;
+        let room = file_len.next_multiple_of(cluster).saturating_sub(host.get());
+        if room == 0 {
+            return Err(past_end("a cluster", host.get(), file_len));
+        }
+        Ok(len.min(room))
     }
 
     /// The state of the bytes from `at` up to the end of their cluster, or less.
