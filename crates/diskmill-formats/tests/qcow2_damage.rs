@@ -17,7 +17,7 @@ struct Patient {
 
 impl Patient {
     fn new(options: &str) -> Self {
-        let dir = Scratch::new();
+        let dir = Scratch::beneath("/dev/shm");
         let path = dir.join("patient.qcow2");
         oracle::create(&path, "qcow2", options, "1G");
         oracle::io(&path, "qcow2", ["write -P 1 0 1M", "write -P 2 40M 128k"]);

@@ -18,7 +18,7 @@ struct Victim {
 
 impl Victim {
     fn new(options: &str) -> Self {
-        let dir = Scratch::new();
+        let dir = Scratch::beneath("/dev/shm");
         let path = dir.join("victim.qcow2");
         oracle::create(&path, "qcow2", options, "1G");
         oracle::io(&path, "qcow2", ["write -P 1 0 1M"]);
@@ -141,7 +141,7 @@ fn contradicting_subclusters_are_refused() {
 
 #[test]
 fn data_files_that_do_not_map_one_to_one_are_refused() {
-    let dir = Scratch::new();
+    let dir = Scratch::beneath("/dev/shm");
     let path = dir.join("victim.qcow2");
     let data = dir.join("victim.data");
     oracle::create(&path, "qcow2", &format!("data_file={}", data.display()), "1G");

@@ -21,7 +21,7 @@ fn assert_reads(image: &Path, expected: &Path) {
 
 /// Converts a disk with `qemu-img` under each of `options` and reads it back.
 fn assert_converted(seed: u64, size: u64, flags: &[&str], options: &[&str]) {
-    let dir = Scratch::new();
+    let dir = Scratch::beneath("/dev/shm");
     let raw = dir.join("disk.raw");
     SparseRandom::new(seed, size).write_raw(&raw);
     for options in options {
@@ -143,7 +143,7 @@ fn preallocated() {
 
 #[test]
 fn odd_sizes() {
-    let dir = Scratch::new();
+    let dir = Scratch::beneath("/dev/shm");
     for (index, size) in [1, 511, 512, 513, 65_535, 65_536, 65_537, 1 << 20]
         .into_iter()
         .enumerate()
@@ -165,7 +165,7 @@ fn odd_sizes() {
 
 #[test]
 fn external_data_files() {
-    let dir = Scratch::new();
+    let dir = Scratch::beneath("/dev/shm");
     let raw = dir.join("disk.raw");
     SparseRandom::new(7, 5 << 20).write_raw(&raw);
     for (index, options) in [
@@ -209,7 +209,7 @@ fn used_images_and_their_overlays() {
     .iter()
     .enumerate()
     {
-        let dir = Scratch::new();
+        let dir = Scratch::beneath("/dev/shm");
         let (base, top) = (dir.join("base.qcow2"), dir.join("top.qcow2"));
         oracle::create(&base, "qcow2", options, "7M");
         oracle::io(&base, "qcow2", commands(index as u64, 60, 7 << 20));
@@ -247,7 +247,7 @@ fn commands(seed: u64, count: u64, size: u64) -> Vec<String> {
 
 #[test]
 fn snapshots_and_bitmaps_are_counted_and_shown() {
-    let dir = Scratch::new();
+    let dir = Scratch::beneath("/dev/shm");
     for options in [
         "cluster_size=512",
         "compat=1.1",
@@ -308,7 +308,7 @@ fn snapshots_and_bitmaps_are_counted_and_shown() {
 
 #[test]
 fn compressed_clusters_are_joined_into_long_runs() {
-    let dir = Scratch::new();
+    let dir = Scratch::beneath("/dev/shm");
     let raw = dir.join("disk.raw");
     std::fs::write(&raw, vec![b'x'; 4 << 20]).unwrap();
     let image = dir.join("disk.qcow2");
@@ -321,7 +321,7 @@ fn compressed_clusters_are_joined_into_long_runs() {
 
 #[test]
 fn runs_cross_l2_tables() {
-    let dir = Scratch::new();
+    let dir = Scratch::beneath("/dev/shm");
     let image = dir.join("disk.qcow2");
     oracle::create(&image, "qcow2", "preallocation=metadata,cluster_size=4k", "16M");
     let layer = layer(&image, "qcow2", &Default::default()).unwrap();
@@ -353,7 +353,7 @@ fn tree(value: &Value) -> serde_json::Value {
 
 #[test]
 fn what_info_shows_is_what_qemu_shows() {
-    let dir = Scratch::new();
+    let dir = Scratch::beneath("/dev/shm");
     let image = dir.join("shown.qcow2");
     let data = dir.join("shown.data");
     let with_data = format!("data_file={}", data.display());
@@ -364,8 +364,7 @@ fn what_info_shows_is_what_qemu_shows() {
         "compression_type=zstd,extended_l2=on",
         &with_data,
         &with_raw_data,
-        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
-        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,encrypt.cipher-mode=cbc,\
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,encrypt.cipher-mode=xts,\
          encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256,encrypt.cipher-alg=aes-128,encrypt.hash-alg=sha1",
         "encrypt.format=aes,encrypt.key-secret=s",
     ] {
