@@ -2,6 +2,7 @@
 
 use diskmill::ops::info::{ImageInfo, gather};
 use diskmill_core::{SnapshotFacts, Value as Facts};
+use diskmill_testkit::host::Loop;
 use diskmill_testkit::{Scratch, oracle};
 use serde_json::{Map, Value, json};
 
@@ -190,4 +191,20 @@ fn trees_and_parts_of_files() {
             .json();
         assert_eq!(to_json(&ours[0]), theirs, "{name}");
     }
+}
+
+#[test]
+fn block_devices() {
+    let scratch = Scratch::new();
+    let device = Loop::attach(scratch.hole("disk", 4 << 20), 512);
+    let raw = Picture {
+        path: device.path().to_owned(),
+        format: "raw",
+    };
+    agree(&raw);
+    oracle::create(device.path(), "qcow2", "", "1M");
+    agree(&Picture {
+        format: "qcow2",
+        ..raw
+    });
 }

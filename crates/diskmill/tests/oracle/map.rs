@@ -1,6 +1,7 @@
 //! `qemu-img map --output=json`.
 
 use diskmill::ops::map::{MapEntry, walk};
+use diskmill_testkit::host::Loop;
 use diskmill_testkit::{Scratch, oracle};
 use serde_json::{Value, json};
 
@@ -99,5 +100,25 @@ fn files_are_named() {
     assert!(
         names.iter().any(|name| name.as_deref() == data.to_str()),
         "{names:?}"
+    );
+}
+
+#[test]
+fn block_devices() {
+    let scratch = Scratch::new();
+    let device = Loop::attach(scratch.hole("disk", 8 << 20), 512);
+    let raw = Picture {
+        path: device.path().to_owned(),
+        format: "raw",
+    };
+    agree(&raw, None);
+    oracle::create(device.path(), "qcow2", "", "4M");
+    gallery::scribble(device.path(), "qcow2", 4 << 20, &mut gallery::Dice::new(3), None);
+    agree(
+        &Picture {
+            format: "qcow2",
+            ..raw
+        },
+        None,
     );
 }

@@ -3,6 +3,7 @@
 use diskmill::open::OpenWarning;
 use diskmill::ops::resize::{NewSize, Preallocation, ResizeError, ResizeRequest, Resized, run};
 use diskmill_core::{Error, Result};
+use diskmill_testkit::host::Loop;
 use diskmill_testkit::{Scratch, oracle};
 
 use crate::gallery::{Picture, request};
@@ -144,4 +145,25 @@ fn qcow2_above_a_longer_backing_image_grows_with_zeros() {
     resize(&picture, NewSize::To(6 << 20), false, Preallocation::Off).unwrap();
     oracle::assert_clean(&picture.path, "qcow2");
     oracle::io(&picture.path, "qcow2", ["read -P 5 0 1M", "read -P 0 1M 5M"]);
+}
+
+#[test]
+fn a_device_keeps_its_size_and_an_image_on_it_need_not() {
+    let scratch = Scratch::new();
+    let device = Loop::attach(scratch.hole("disk", 4 << 20), 512);
+    let raw = Picture {
+        path: device.path().to_owned(),
+        format: "raw",
+    };
+    for size in [1 << 20, 8 << 20] {
+        let error = resize(&raw, NewSize::To(size), true, Preallocation::Off).unwrap_err();
+        assert_eq!(*why(&error), ResizeError::Device);
+    }
+    oracle::create(device.path(), "qcow2", "", "1M");
+    let image = Picture {
+        format: "qcow2",
+        ..raw
+    };
+    resize(&image, NewSize::To(64 << 20), false, Preallocation::Off).unwrap();
+    oracle::assert_clean(device.path(), "qcow2");
 }
