@@ -199,6 +199,26 @@ fn encryption_and_internal_snapshots_are_refused_by_name() {
     assert!(text(&error).contains("internal snapshot"), "{error:?}");
 }
 
+/// A LUKS header is looked for where the extension says, and nothing else is taken for one.
+#[test]
+fn an_encryption_header_that_is_none_is_refused() {
+    let victim = Victim::new("");
+    patch(&victim.path, 32, &2_u32.to_be_bytes());
+    let mut extension = 0x0537_be77_u32.to_be_bytes().to_vec();
+    extension.extend_from_slice(&16_u32.to_be_bytes());
+    extension.extend_from_slice(&0x5_0000_u64.to_be_bytes());
+    extension.extend_from_slice(&0x1_0000_u64.to_be_bytes());
+    patch(&victim.path, 112, &extension);
+    victim.assert_trouble("there is no LUKS header at 0x50000");
+    patch(&victim.path, 0x5_0000, b"LUKS\xba\xbe\x00\x02");
+    victim.assert_trouble("LUKS version is 2, must be 1");
+    patch(&victim.path, 0x5_0000, b"LUKS\xba\xbe\x00\x01");
+    patch(&victim.path, 0x5_0000 + 108, &65_u32.to_be_bytes());
+    victim.assert_trouble("key_bytes of the LUKS header is 65, must be 1 to 64");
+    patch(&victim.path, 0x5_0000 + 108, &64_u32.to_be_bytes());
+    victim.assert_trouble("state of LUKS key slot 0 is 0x01010101, must be 0x00ac71f3 or 0x0000dead");
+}
+
 #[test]
 fn unknown_options_are_refused_by_name() {
     let victim = Victim::new("");
