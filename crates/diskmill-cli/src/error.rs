@@ -111,10 +111,7 @@ impl Failure {
                 exit: Exit::FAILED,
             }
         } else {
-            Self::library(
-                Error::from(error).op("write to standard output"),
-                Frame::Text("Could not write to standard output".to_owned()),
-            )
+            Self::from(Error::from(error).op("write to standard output"))
         }
     }
 

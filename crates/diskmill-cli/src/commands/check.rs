@@ -5,11 +5,10 @@ use clap::Args;
 use diskmill::ops::check::{CheckUnsupported, Checked, run};
 use diskmill_core::{CheckReport, FindingKind};
 
-use super::{JsonArgs, Run, Source, TrustArgs, wants_json};
+use super::{LookArgs, Run};
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::json::Json;
-use crate::keyval;
 use crate::progress::{Progress, Style};
 use crate::ui::Ui;
 
@@ -23,41 +22,24 @@ pub struct CheckArgs {
     /// Print nothing but errors
     #[arg(short, long)]
     quiet: bool,
-    /// Format of the image, instead of finding it out
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// FILENAME is a list of options (driver=...,file.filename=...), not a name
-    #[arg(long)]
-    image_opts: bool,
     /// Cache mode of the image (default: writeback)
-    #[arg(short = 'T', long, value_name = "CACHE_MODE")]
+    #[arg(short = 'T', long, value_name = "self.cache.as_deref()_MODE")]
     cache: Option<String>,
-    /// Read it even while another process writes it
-    #[arg(short = 'U', long)]
-    force_share: bool,
-    /// How to print: human (the default) or json
-    #[arg(long, value_name = "human|json")]
-    output: Option<String>,
     /// Put right what is found: leaks or all (not supported yet)
     #[arg(short, long, value_name = "leaks|all")]
     repair: Option<String>,
-    /// A secret or another object that options refer to
-    #[arg(long, value_name = "OBJDEF")]
-    object: Vec<String>,
+    #[command(flatten)]
+    look: LookArgs,
     /// The image
     #[arg(value_name = "FILENAME", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
-    #[command(flatten)]
-    json: JsonArgs,
-    #[command(flatten)]
-    trust: TrustArgs,
 }
 
 impl Run for CheckArgs {
     const NAME: &'static str = "check";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = wants_json(self.output.as_deref(), &self.json)?;
+        let json = self.look.wants_json()?;
         match self.repair.as_deref() {
             None => {}
             Some("leaks" | "all") => return Err(Failure::refused("repairing images is not supported yet")),
@@ -70,15 +52,7 @@ impl Run for CheckArgs {
         let [name] = self.names.as_slice() else {
             return Err(Failure::usage_help("Expecting one image file name"));
         };
-        keyval::objects(&self.object)?;
-        let source = Source {
-            format: self.format.as_deref(),
-            image_opts: self.image_opts,
-            share: self.force_share,
-            cache: self.cache.as_deref(),
-            snapshot: None,
-        };
-        let request = source.request(name, &self.trust, ui)?;
+        let request = self.look.request(ui, name, self.cache.as_deref())?;
         let progress = Progress::begin(ui, Style::None)?;
         let checked = run(&request, progress.job());
         progress.signals().die_if_cancelled(&checked);

@@ -5,11 +5,10 @@ use diskmill::open;
 use diskmill::ops::compare::{CompareError, CompareOptions, Difference, Side, Verdict, run};
 use diskmill_core::Error;
 
-use super::{JsonArgs, NATIVE, Run, Source, TrustArgs, wants_json};
+use super::{DoArgs, Run, Source};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
-use crate::keyval;
 use crate::progress::{Progress, Style};
 use crate::ui::Ui;
 
@@ -46,19 +45,11 @@ pub struct CompareArgs {
     /// Read them even while another process writes them
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// A secret or another object that options refer to
-    #[arg(long, value_name = "OBJDEF")]
-    object: Vec<String>,
+    #[command(flatten)]
+    how: DoArgs,
     /// The two images
     #[arg(value_name = "FILENAME1 FILENAME2", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
-    /// How to print: human (the default) or json
-    #[arg(long, value_name = "human|json", help_heading = NATIVE)]
-    output: Option<String>,
-    #[command(flatten)]
-    json: JsonArgs,
-    #[command(flatten)]
-    trust: TrustArgs,
 }
 
 impl Run for CompareArgs {
@@ -81,10 +72,9 @@ impl Run for CompareArgs {
 impl CompareArgs {
     fn compare(&self, ui: &Ui, first: &OsString, second: &OsString) -> Result<Exit, Failure> {
         let not_open = |failure: Failure| failure.exit_with(Exit::COMPARE_OPEN);
-        let json = wants_json(self.output.as_deref(), &self.json).map_err(not_open)?;
-        let style =
-            Style::choose(ui, self.quiet, self.progress.as_deref(), self.json.json).map_err(not_open)?;
-        keyval::objects(&self.object).map_err(not_open)?;
+        let json = self.how.wants_json().map_err(not_open)?;
+        let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)
+            .map_err(not_open)?;
         let open = |name: &OsString, format: Option<&str>| {
             let source = Source {
                 format,
@@ -93,7 +83,7 @@ impl CompareArgs {
                 cache: self.cache.as_deref(),
                 snapshot: None,
             };
-            let request = source.request(name, &self.trust, ui)?;
+            let request = source.request(name, &self.how.native, ui)?;
             open::image(&request).map_err(|error| Failure::open(name, error))
         };
         let one = open(first, self.a_format.as_deref()).map_err(not_open)?;

@@ -11,7 +11,7 @@ use diskmill::spec::ImageSpec;
 use diskmill_core::{Compression, Durability, ErrorKind, Format, OptionError, Options};
 use diskmill_storage::CacheMode;
 
-use super::{JsonArgs, NATIVE, Run, Source, TrustArgs, creation_options, wants_json};
+use super::{DoArgs, NATIVE, Run, Source, creation_options};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
@@ -97,30 +97,22 @@ pub struct ConvertArgs {
     /// Taken for compatibility: data is written in parallel in any case
     #[arg(short = 'W', long)]
     oob_writes: bool,
-    /// A secret or another object that options refer to
-    #[arg(long, value_name = "OBJDEF")]
-    object: Vec<String>,
+    #[command(flatten)]
+    how: DoArgs,
     /// The images to copy, one behind the other, and the target; '-' is standard input or output
     #[arg(value_name = "SRC_FILENAME... TGT_FILENAME", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
     /// How hard to compress: 1 to 12 for zlib, 1 to 22 for zstd
     #[arg(long, value_name = "LEVEL", help_heading = NATIVE)]
     compress_level: Option<i32>,
-    /// How to print the summary: human (the default) or json
-    #[arg(long, value_name = "human|json", help_heading = NATIVE)]
-    output: Option<String>,
-    #[command(flatten)]
-    json: JsonArgs,
-    #[command(flatten)]
-    trust: TrustArgs,
 }
 
 impl Run for ConvertArgs {
     const NAME: &'static str = "convert";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = wants_json(self.output.as_deref(), &self.json)?;
-        let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.json.json)?;
+        let json = self.how.wants_json()?;
+        let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)?;
         let format = self.target_format.as_deref().unwrap_or("raw");
         let target = self.names.last().filter(|_| self.names.len() > 1);
         let Some(options) = creation_options(ui, &self.target_options, format, target)? else {
@@ -189,7 +181,6 @@ impl ConvertArgs {
             None => None,
             Some(text) => NonZeroU64::new(keyval::bytes("rate limit", text)?),
         };
-        keyval::objects(&self.object)?;
         let by_option = options.text("backing_file").is_some() && options.text("backing_fmt").is_none();
         let conflict = [
             (
@@ -298,7 +289,7 @@ impl ConvertArgs {
             cache: self.source_cache.as_deref(),
             snapshot,
         };
-        let mut request = source.request(name, &self.trust, ui)?;
+        let mut request = source.request(name, &self.how.native, ui)?;
         request.hold = true;
         if !ui.drop_in() {
             refuse_containers(name, &request)?;
@@ -327,7 +318,7 @@ impl ConvertArgs {
                 image_opts: self.target_image_opts,
                 ..Source::default()
             };
-            let mut request = source.request(target, &self.trust, ui)?;
+            let mut request = source.request(target, &self.how.native, ui)?;
             if let Some(cache) = settings.cache {
                 request.cache = cache;
             }

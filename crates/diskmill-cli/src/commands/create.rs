@@ -5,7 +5,7 @@ use diskmill::ops::create::{CreateRequest, plan};
 use diskmill::spec::ImageSpec;
 use diskmill_core::Durability;
 
-use super::{JsonArgs, NATIVE, Run, TrustArgs, creation_options, wants_json};
+use super::{DoArgs, Run, creation_options};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
@@ -35,26 +35,18 @@ pub struct CreateArgs {
     /// Do not open the backing image
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
-    /// A secret or another object that options refer to
-    #[arg(long, value_name = "OBJDEF")]
-    object: Vec<String>,
+    #[command(flatten)]
+    how: DoArgs,
     /// The new image, and its size with an optional suffix k M G T P E (default: the size of the backing image)
     #[arg(value_name = "FILENAME [SIZE]", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
-    /// How to print: human (the default) or json
-    #[arg(long, value_name = "human|json", help_heading = NATIVE)]
-    output: Option<String>,
-    #[command(flatten)]
-    json: JsonArgs,
-    #[command(flatten)]
-    trust: TrustArgs,
 }
 
 impl Run for CreateArgs {
     const NAME: &'static str = "create";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = wants_json(self.output.as_deref(), &self.json)?;
+        let json = self.how.wants_json()?;
         let format = self.format.as_deref().unwrap_or("raw");
         let Some(options) = creation_options(ui, &self.options, format, self.names.first())? else {
             return Ok(Exit::OK);
@@ -68,7 +60,6 @@ impl Run for CreateArgs {
                 return Err(Failure::usage_help(format!("Unexpected argument: {extra}")));
             }
         };
-        keyval::objects(&self.object)?;
         let named = |error| Failure::library(error, Frame::Named(name.to_string_lossy().into_owned()));
         let target = ImageSpec::from_name(name).map_err(named)?;
         let mut request = CreateRequest::new(target, format);
@@ -77,7 +68,7 @@ impl Run for CreateArgs {
         request.backing = self.backing;
         request.backing_format = self.backing_format;
         request.unchecked = self.backing_unsafe;
-        request.policy = self.trust.policy(ui);
+        request.policy = self.how.native.policy(ui);
         if ui.drop_in() {
             request.durability = Durability::None;
         }

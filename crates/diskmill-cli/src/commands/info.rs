@@ -7,12 +7,11 @@ use diskmill::open::OpenError;
 use diskmill::ops::info::{ImageInfo, gather};
 use diskmill_core::{Error, SnapshotFacts, Value};
 
-use super::{JsonArgs, Run, Source, TrustArgs, wants_json};
+use super::{LookArgs, Run};
 use crate::clock;
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::json::Json;
-use crate::keyval;
 use crate::size::human;
 use crate::ui::Ui;
 
@@ -20,49 +19,25 @@ use crate::ui::Ui;
 #[derive(Args, Debug)]
 #[command(override_usage = "diskmill info [OPTIONS] FILENAME")]
 pub struct InfoArgs {
-    /// Format of the image, instead of finding it out
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// FILENAME is a list of options (driver=...,file.filename=...), not a name
-    #[arg(long)]
-    image_opts: bool,
     /// Also show the images it is backed by
     #[arg(short, long)]
     backing_chain: bool,
-    /// Read it even while another process writes it
-    #[arg(short = 'U', long)]
-    force_share: bool,
-    /// A secret or another object that options refer to
-    #[arg(long, value_name = "OBJDEF")]
-    object: Vec<String>,
-    /// How to print: human (the default) or json
-    #[arg(long, value_name = "human|json")]
-    output: Option<String>,
+    #[command(flatten)]
+    look: LookArgs,
     /// The image
     #[arg(value_name = "FILENAME", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
-    #[command(flatten)]
-    json: JsonArgs,
-    #[command(flatten)]
-    trust: TrustArgs,
 }
 
 impl Run for InfoArgs {
     const NAME: &'static str = "info";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = wants_json(self.output.as_deref(), &self.json)?;
+        let json = self.look.wants_json()?;
         let [name] = self.names.as_slice() else {
             return Err(Failure::usage_help("Expecting one image file name"));
         };
-        keyval::objects(&self.object)?;
-        let source = Source {
-            format: self.format.as_deref(),
-            image_opts: self.image_opts,
-            share: self.force_share,
-            ..Source::default()
-        };
-        let request = source.request(name, &self.trust, ui)?;
+        let request = self.look.request(ui, name, None)?;
         let infos =
             gather(&request, self.backing_chain).map_err(|error| failed(name, request.spec.path(), error))?;
         let text = match (json, infos.as_slice()) {

@@ -6,7 +6,7 @@ use diskmill::open;
 use diskmill::ops::map::{MapEntry, walk};
 use diskmill_core::{Error, ErrorKind};
 
-use super::{JsonArgs, Run, Source, TrustArgs, wants_json};
+use super::{LookArgs, Run};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::keyval;
@@ -19,41 +19,24 @@ const BATCH: usize = 64 << 10;
 #[derive(Args, Debug)]
 #[command(override_usage = "diskmill map [OPTIONS] FILENAME")]
 pub struct MapArgs {
-    /// Format of the image, instead of finding it out
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// FILENAME is a list of options (driver=...,file.filename=...), not a name
-    #[arg(long)]
-    image_opts: bool,
     /// Where to start in the virtual disk
     #[arg(short, long, value_name = "OFFSET")]
     start_offset: Option<String>,
     /// How much of the virtual disk to show
     #[arg(short = 'l', long, value_name = "LENGTH")]
     max_length: Option<String>,
-    /// How to print: human (the default) or json
-    #[arg(long, value_name = "human|json")]
-    output: Option<String>,
-    /// Read it even while another process writes it
-    #[arg(short = 'U', long)]
-    force_share: bool,
-    /// A secret or another object that options refer to
-    #[arg(long, value_name = "OBJDEF")]
-    object: Vec<String>,
+    #[command(flatten)]
+    look: LookArgs,
     /// The image
     #[arg(value_name = "FILENAME", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
-    #[command(flatten)]
-    json: JsonArgs,
-    #[command(flatten)]
-    trust: TrustArgs,
 }
 
 impl Run for MapArgs {
     const NAME: &'static str = "map";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = wants_json(self.output.as_deref(), &self.json)?;
+        let json = self.look.wants_json()?;
         let start = match &self.start_offset {
             Some(text) => keyval::bytes("start offset", text)?,
             None => 0,
@@ -65,14 +48,7 @@ impl Run for MapArgs {
         let [name] = self.names.as_slice() else {
             return Err(Failure::usage_help("Expecting one image file name"));
         };
-        keyval::objects(&self.object)?;
-        let source = Source {
-            format: self.format.as_deref(),
-            image_opts: self.image_opts,
-            share: self.force_share,
-            ..Source::default()
-        };
-        let request = source.request(name, &self.trust, ui)?;
+        let request = self.look.request(ui, name, None)?;
         let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
         let mut printer = Printer::new(ui, json);
         let walked = walk(&image, start, max, &mut |entry| printer.entry(&entry));

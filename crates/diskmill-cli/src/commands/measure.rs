@@ -5,7 +5,7 @@ use diskmill::open;
 use diskmill::ops::measure::{Source as Measured, run};
 use diskmill_core::{CreateSpec, Measure, OptionError};
 
-use super::{JsonArgs, Run, Source, TrustArgs, driver, wants_json};
+use super::{LookArgs, Run, driver};
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::json::Json;
@@ -25,47 +25,29 @@ pub struct MeasureArgs {
     /// Measure an empty disk of this size
     #[arg(short, long, value_name = "SIZE")]
     size: Option<String>,
-    /// Format of FILENAME, instead of finding it out
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// FILENAME is a list of options (driver=...,file.filename=...), not a name
-    #[arg(long)]
-    image_opts: bool,
     /// Measure this snapshot inside FILENAME
     #[arg(short = 'l', long, value_name = "SNAPSHOT")]
     snapshot: Option<String>,
-    /// How to print: human (the default) or json
-    #[arg(long, value_name = "human|json")]
-    output: Option<String>,
-    /// Read it even while another process writes it
-    #[arg(short = 'U', long)]
-    force_share: bool,
-    /// A secret or another object that options refer to
-    #[arg(long, value_name = "OBJDEF")]
-    object: Vec<String>,
+    #[command(flatten)]
+    look: LookArgs,
     /// Measure what converting this image would take
     #[arg(value_name = "FILENAME", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
-    #[command(flatten)]
-    json: JsonArgs,
-    #[command(flatten)]
-    trust: TrustArgs,
 }
 
 impl Run for MeasureArgs {
     const NAME: &'static str = "measure";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = wants_json(self.output.as_deref(), &self.json)?;
+        let json = self.look.wants_json()?;
         let size = match &self.size {
             Some(text) => Some(keyval::bytes("image size", text)?),
             None => None,
         };
-        keyval::objects(&self.object)?;
         let format = self.target_format.as_deref().unwrap_or("raw");
         let measure = match (self.names.as_slice(), size) {
             ([_, _, ..], _) => return Err(Failure::usage("At most one filename argument is allowed.")),
-            ([], _) if self.image_opts || self.format.is_some() || self.snapshot.is_some() => {
+            ([], _) if self.look.image_opts || self.look.format.is_some() || self.snapshot.is_some() => {
                 return Err(Failure::usage(
                     "--image-opts, -f, and -l require a filename argument.",
                 ));
@@ -82,14 +64,8 @@ impl Run for MeasureArgs {
             }
             ([], Some(size)) => self.measure(format, Measured::Size(size))?,
             ([name], None) => {
-                let source = Source {
-                    format: self.format.as_deref(),
-                    image_opts: self.image_opts,
-                    share: self.force_share,
-                    cache: None,
-                    snapshot: self.snapshot.as_deref().map(keyval::snapshot).transpose()?,
-                };
-                let request = source.request(name, &self.trust, ui)?;
+                let mut request = self.look.request(ui, name, None)?;
+                request.snapshot = self.snapshot.as_deref().map(keyval::snapshot).transpose()?;
                 let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
                 self.measure(format, Measured::Image(&image))?
             }

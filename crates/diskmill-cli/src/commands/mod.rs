@@ -169,9 +169,12 @@ fn with_values(arg: Arg) -> Arg {
     arg.value_parser(PossibleValuesParser::new(values))
 }
 
-/// What may be read beside the image that was named.
+/// Options that `qemu-img` does not have.
 #[derive(Args, Clone, Debug)]
-pub struct TrustArgs {
+pub struct NativeArgs {
+    /// JSON results on standard output, and where there is progress, JSON events on standard error
+    #[arg(long, help_heading = NATIVE)]
+    pub json: bool,
     /// Follow names inside images into this directory too (default: only beneath the image's own directory)
     #[arg(long, value_name = "DIR", value_hint = clap::ValueHint::DirPath, help_heading = NATIVE)]
     pub allow_ref: Vec<PathBuf>,
@@ -180,8 +183,8 @@ pub struct TrustArgs {
     pub untrusted: bool,
 }
 
-impl TrustArgs {
-    /// The policy they come to.
+impl NativeArgs {
+    /// Which files an image may name.
     pub fn policy(&self, ui: &Ui) -> References {
         let allow = self.allow_ref.clone();
         let untrusted = || std::env::var_os("DISKMILL_UNTRUSTED").is_some_and(|value| value == "1");
@@ -191,25 +194,93 @@ impl TrustArgs {
             Mode::Native => References::Beneath { allow },
         }
     }
+
+    /// Whether results are JSON, from `--output` and `--json`.
+    pub fn wants_json(&self, output: Option<&str>) -> Result<bool, Failure> {
+        match output {
+            _ if self.json => Ok(true),
+            None | Some("human") => Ok(false),
+            Some("json") => Ok(true),
+            Some(other) => Err(Failure::usage_help(format!(
+                "--output expects 'human' or 'json' not '{other}'"
+            ))),
+        }
+    }
 }
 
-/// How results are printed.
+/// Options of the commands that look at one image.
 #[derive(Args, Clone, Debug)]
-pub struct JsonArgs {
-    /// JSON results on standard output, and where there is progress, JSON events on standard error
-    #[arg(long, help_heading = NATIVE)]
-    pub json: bool,
+pub struct LookArgs {
+    /// Format of the image, instead of finding it out
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// FILENAME is a list of options (driver=...,file.filename=...), not a name
+    #[arg(long)]
+    pub image_opts: bool,
+    /// Read it even while another process writes it
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// How to print: human (the default) or json
+    #[arg(long, value_name = "human|json")]
+    output: Option<String>,
+    #[command(flatten)]
+    object: ObjectArgs,
+    #[command(flatten)]
+    native: NativeArgs,
 }
 
-/// Whether results are JSON, from `--output` and `--json`.
-pub fn wants_json(output: Option<&str>, json: &JsonArgs) -> Result<bool, Failure> {
-    match output {
-        _ if json.json => Ok(true),
-        None | Some("human") => Ok(false),
-        Some("json") => Ok(true),
-        Some(other) => Err(Failure::usage_help(format!(
-            "--output expects 'human' or 'json' not '{other}'"
-        ))),
+impl LookArgs {
+    /// Checks `--object`, and says whether results are JSON.
+    pub fn wants_json(&self) -> Result<bool, Failure> {
+        self.object.check()?;
+        self.native.wants_json(self.output.as_deref())
+    }
+
+    /// The request to open `name`, with the cache mode of `-T`.
+    pub fn request(&self, ui: &Ui, name: &OsString, cache: Option<&str>) -> Result<OpenRequest, Failure> {
+        let source = Source {
+            format: self.format.as_deref(),
+            image_opts: self.image_opts,
+            share: self.force_share,
+            cache,
+            snapshot: None,
+        };
+        source.request(name, &self.native, ui)
+    }
+}
+
+/// Options of the commands whose real counterparts print no JSON.
+#[derive(Args, Clone, Debug)]
+pub struct DoArgs {
+    /// How to print: human (the default) or json
+    #[arg(long, value_name = "human|json", help_heading = NATIVE)]
+    output: Option<String>,
+    #[command(flatten)]
+    object: ObjectArgs,
+    #[command(flatten)]
+    pub native: NativeArgs,
+}
+
+impl DoArgs {
+    /// Checks `--object`, and says whether results are JSON.
+    pub fn wants_json(&self) -> Result<bool, Failure> {
+        self.object.check()?;
+        self.native.wants_json(self.output.as_deref())
+    }
+}
+
+/// `--object`.
+#[derive(Args, Clone, Debug)]
+pub struct ObjectArgs {
+    /// A secret or another object that options refer to
+    #[arg(long, value_name = "OBJDEF")]
+    object: Vec<String>,
+}
+
+impl ObjectArgs {
+    /// Fails if one is no object.
+    pub fn check(&self) -> Result<(), Failure> {
+        keyval::objects(&self.object)
     }
 }
 
@@ -230,7 +301,7 @@ pub struct Source<'a> {
 
 impl Source<'_> {
     /// The request to open `name`.
-    pub fn request(&self, name: &OsString, trust: &TrustArgs, ui: &Ui) -> Result<OpenRequest, Failure> {
+    pub fn request(&self, name: &OsString, native: &NativeArgs, ui: &Ui) -> Result<OpenRequest, Failure> {
         let spec = self.spec(name)?;
         let mut request = OpenRequest::new(spec);
         if let Some(mode) = self.cache {
@@ -238,7 +309,7 @@ impl Source<'_> {
         }
         request.format = self.format.map(str::to_owned);
         request.share = self.share;
-        request.policy = trust.policy(ui);
+        request.policy = native.policy(ui);
         request.snapshot = self.snapshot.clone();
         Ok(request)
     }

@@ -5,12 +5,11 @@ use diskmill::open::OpenWarning;
 use diskmill::ops::resize::{NewSize, Preallocation, ResizeError, ResizeRequest, run};
 use diskmill_core::parse_size;
 
-use super::{JsonArgs, NATIVE, Run, Source, TrustArgs, wants_json};
+use super::{DoArgs, Run, Source};
 use crate::compat::texts;
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
-use crate::keyval;
 use crate::ui::Ui;
 
 /// Make the disk of an image larger or smaller
@@ -32,19 +31,11 @@ pub struct ResizeArgs {
     /// How to provide for new space: off, metadata, falloc or full
     #[arg(long, value_name = "PREALLOC")]
     preallocation: Option<String>,
-    /// A secret or another object that options refer to
-    #[arg(long, value_name = "OBJDEF")]
-    object: Vec<String>,
+    #[command(flatten)]
+    how: DoArgs,
     /// The image, and its new size, or how much to add (+1G) or take away (-1G); suffixes k M G T P E
     #[arg(value_name = "FILENAME [+-]SIZE", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
-    /// How to print: human (the default) or json
-    #[arg(long, value_name = "human|json", help_heading = NATIVE)]
-    output: Option<String>,
-    #[command(flatten)]
-    json: JsonArgs,
-    #[command(flatten)]
-    trust: TrustArgs,
 }
 
 impl Run for ResizeArgs {
@@ -52,7 +43,7 @@ impl Run for ResizeArgs {
     const NEGATIVE: bool = true;
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = wants_json(self.output.as_deref(), &self.json)?;
+        let json = self.how.wants_json()?;
         let preallocation = match self.preallocation.as_deref() {
             None => Preallocation::Off,
             Some(mode) => Preallocation::parse(mode)
@@ -63,13 +54,12 @@ impl Run for ResizeArgs {
             [_, _, ..] => return Err(Failure::usage_help("Extra argument(s) in command line")),
             _ => return Err(Failure::usage_help("Expecting image file name and size")),
         };
-        keyval::objects(&self.object)?;
         let source = Source {
             format: self.format.as_deref(),
             image_opts: self.image_opts,
             ..Source::default()
         };
-        let mut request = ResizeRequest::new(source.request(name, &self.trust, ui)?, size);
+        let mut request = ResizeRequest::new(source.request(name, &self.how.native, ui)?, size);
         request.preallocation = preallocation;
         request.shrink = self.shrink;
         let resized = run(&request, &mut |warning| tell(ui, warning)).map_err(|error| {

@@ -324,7 +324,7 @@ mod tests {
             run("info", "--o=json x", Mode::DropIn).unwrap_err(),
             GetoptError::Ambiguous {
                 given: "--o=json".to_owned(),
-                candidates: vec!["object".to_owned(), "output".to_owned()],
+                candidates: vec!["output".to_owned(), "object".to_owned()],
             }
         );
         // The real tool does not know --compress, so there --co can only mean this.

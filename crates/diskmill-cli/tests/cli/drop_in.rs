@@ -43,6 +43,7 @@ fn getopt_habits() {
         info --help=x
         info --backing-chain=x a.raw
         info --f a.raw
+        info --o=json a.raw
         info --ba a.raw
         info --force a.raw
         info a.raw --force-share --output=json
