@@ -89,7 +89,7 @@ fn edge() -> impl Strategy<Value = u64> {
         any::<u64>(),
         (0_u32..64).prop_map(|shift| 1 << shift),
         (0_u32..64).prop_map(|shift| u64::MAX >> shift),
-        (0_u64..64, 0_u64..4).prop_map(|(cluster, top)| cluster * 512 | top << 62),
+        (0_u64..64, 0_u64..4).prop_map(|(cluster, top)| (cluster * 512) | (top << 62)),
         0_u64..256,
     ]
 }

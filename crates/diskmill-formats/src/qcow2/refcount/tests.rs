@@ -58,7 +58,7 @@ fn every_count_can_be_set_alone() {
     for order in 0..=6 {
         let max = u64::MAX >> (64 - (1u32 << order));
         let mut block = vec![0; 64];
-        let entries = 64 * 8 >> order;
+        let entries = (64 * 8) >> order;
         for index in 0..entries {
             let touched = set_count(&mut block, order, index, max);
             assert!(touched.end <= block.len());
@@ -114,7 +114,7 @@ fn a_count_does_not_overflow() {
 fn blocks_and_tables_grow_and_count_themselves() {
     for order in [3, 4, 6] {
         let (file, mut fence, mut refcounts) = fresh(order);
-        let per_block = CLUSTER * 8 >> order;
+        let per_block = (CLUSTER * 8) >> order;
         // More than the 64 blocks that the table of one cluster can name.
         let wanted = per_block * 70;
         let mut given = std::collections::BTreeSet::new();
