@@ -194,6 +194,7 @@ fn a_power_cut_at_random_leaks_at_worst() {
         "compressed",
         "subclusters snapshot",
         "data file",
+        "raw data file",
         "over longer",
         "subclusters over raw",
     ] {
@@ -250,25 +251,42 @@ fn a_power_cut_while_the_refcount_table_moves_leaks_at_worst() {
 }
 
 #[test]
-fn a_resize_that_is_cut_short_leaks_at_worst() {
-    for name in ["cluster 512", "over raw", "version 2"] {
+fn a_resize_or_a_clearing_that_is_cut_short_leaks_at_worst() {
+    let changes = [
+        Op::Resize { size: 100 << 10 },
+        Op::Resize { size: 64 << 20 },
+        Op::Clear,
+    ];
+    for name in [
+        "cluster 512",
+        "refcount 64",
+        "over raw",
+        "version 2",
+        "subclusters snapshot",
+    ] {
         let image = images::named(name).make();
-        for size in [100 << 10, 64 << 20] {
+        for op in &changes {
             let journal = Journal::new();
             let disks: Disks = images::memory(&image.files)
                 .into_iter()
                 .map(|disk| journal.record(disk))
                 .collect();
             let layer = images::open(&disks).expect("open");
-            layer.resize(size, &image.below).expect("resize");
+            Model::new(image.start.clone())
+                .apply(op, &layer, &image.below, image.unit, &|_| None)
+                .unwrap_or_else(|error| panic!("{name}, {op:?}: {error:?}"));
             drop(layer);
-            for count in 0..=journal.len() {
+            let cuts: Vec<usize> = match journal.len() {
+                few @ 0..=60 => (0..=few).collect(),
+                many => (0..60).map(|cut| many * cut / 59).collect(),
+            };
+            for count in cuts {
                 for seed in 0..3 {
                     let report = images::check(&journal.crash(count, seed)).expect("check");
                     assert_eq!(
                         (report.check_errors, report.corruptions),
                         (0, 0),
-                        "{name} to {size}, cut {count}: {:#?}",
+                        "{name}, {op:?}, cut {count}: {:#?}",
                         report.findings
                     );
                 }

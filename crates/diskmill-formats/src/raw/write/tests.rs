@@ -1,6 +1,9 @@
 use super::*;
 use diskmill_core::{Driver, OpenSpec, Role};
 use diskmill_storage::Memory;
+use diskmill_testkit::contract;
+use diskmill_testkit::model::{Model, Op};
+use diskmill_testkit::sparse_random::mix;
 
 fn open(bytes: Vec<u8>, options: &str) -> (Arc<Memory>, Arc<dyn LayerMut>) {
     let file = Arc::new(Memory::from(bytes));
@@ -68,5 +71,42 @@ fn what_raw_cannot_do_is_refused() {
         layer.resize(u64::MAX, &below).unwrap_err(),
     ] {
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error:?}");
+    }
+}
+
+#[test]
+fn random_operations_follow_the_model() {
+    const SIZE: u64 = 256 << 10;
+    let below = Chain::default();
+    for seed in 0..20 {
+        let (file, layer) = open(vec![5; SIZE as usize], "");
+        let mut model = Model::new(vec![5; SIZE as usize]);
+        for step in 0..60 {
+            let random = |salt: u64| mix(seed << 32 | step << 8 | salt);
+            let (at, len) = (random(0) % SIZE, random(1) % 20_000);
+            let how = [ZeroHow::KeepAllocated, ZeroHow::MayUnmap][(random(2) % 2) as usize];
+            let op = match random(3) % 8 {
+                0 => Op::Zero { at, len, how },
+                1 => Op::Discard { at, len },
+                2 => Op::Resize {
+                    size: at.next_multiple_of(512) + 512,
+                },
+                3 => Op::Packed { at, fill: 7 },
+                4 => Op::Flush,
+                _ => Op::Write {
+                    at,
+                    len,
+                    fill: random(4) as u8,
+                },
+            };
+            model
+                .apply(&op, &layer, &below, 1, &|_| None)
+                .unwrap_or_else(|error| panic!("seed {seed}, {op:?}: {error:?}"));
+            model.assert_reads(&layer, &below);
+        }
+        contract::layer::all(&(Arc::clone(&layer) as Arc<dyn Layer>), &below, model.bytes());
+        let mut stored = file.to_vec().unwrap();
+        stored.resize(model.bytes().len(), 0);
+        assert!(stored == model.bytes());
     }
 }
