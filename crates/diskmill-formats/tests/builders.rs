@@ -2,15 +2,16 @@
 
 use std::io::IoSlice;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use diskmill_core::{
-    BackingName, Compression, CreateSpec, Hints, HostOffset, HostRun, Options, RawFile, Result, Storage,
-    StorageMut, ZeroHow,
+    BackingName, Compression, CreateSpec, Driver, Durability, ErrorKind, Finish, GuestOffset, Hints,
+    HostOffset, HostRun, Options, QueuedWrite, RawFile, Result, Role, Run, Storage, StorageMut, Stored,
+    Writes, ZeroHow,
 };
 use diskmill_formats::{qcow2, raw};
 use diskmill_storage::Memory;
-use diskmill_testkit::contract::builder::builder;
+use diskmill_testkit::contract::builder::{builder, open};
 
 fn file() -> Arc<dyn StorageMut> {
     Arc::new(Memory::new())
@@ -19,6 +20,14 @@ fn file() -> Arc<dyn StorageMut> {
 /// A device: its length is fixed, and it is full of old bytes.
 #[derive(Debug)]
 struct Device(Memory);
+
+/// Takes bytes in order and nothing else.
+#[derive(Debug, Default)]
+struct Pipe(Mutex<Vec<u8>>);
+
+/// Forgets what is written.
+#[derive(Debug, Default)]
+struct Sink;
 
 fn device() -> Arc<dyn StorageMut> {
     let memory = Memory::new();
@@ -94,6 +103,115 @@ impl StorageMut for Device {
     }
 }
 
+impl Storage for Pipe {
+    fn len(&self) -> Result<u64> {
+        Ok(self.0.lock().unwrap().len() as u64)
+    }
+
+    fn hints(&self) -> Hints {
+        let mut hints = Hints::default();
+        hints.append_only = true;
+        hints
+    }
+
+    fn read_at(&self, _at: HostOffset, _buf: &mut [u8]) -> Result<()> {
+        panic!("a pipe is not read")
+    }
+
+    fn run_at(&self, _at: HostOffset) -> Result<HostRun> {
+        panic!("a pipe is not read")
+    }
+
+    fn allocated(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    fn raw_file(&self) -> Option<RawFile<'_>> {
+        None
+    }
+}
+
+impl StorageMut for Pipe {
+    fn write_at(&self, at: HostOffset, buf: &[u8]) -> Result<()> {
+        let mut bytes = self.0.lock().unwrap();
+        assert_eq!(at.get(), bytes.len() as u64, "a pipe takes bytes in order");
+        bytes.extend_from_slice(buf);
+        Ok(())
+    }
+
+    fn zero(&self, _range: Range<HostOffset>, _how: ZeroHow) -> Result<()> {
+        panic!("a pipe has no holes")
+    }
+
+    fn discard(&self, _range: Range<HostOffset>) -> Result<()> {
+        panic!("a pipe has no holes")
+    }
+
+    fn allocate(&self, _range: Range<HostOffset>) -> Result<()> {
+        panic!("a pipe cannot allocate")
+    }
+
+    fn set_len(&self, _len: u64) -> Result<()> {
+        panic!("a pipe has no length")
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Storage for Sink {
+    fn len(&self) -> Result<u64> {
+        Ok(0)
+    }
+
+    fn hints(&self) -> Hints {
+        Hints::default()
+    }
+
+    fn read_at(&self, _at: HostOffset, _buf: &mut [u8]) -> Result<()> {
+        panic!("nothing is kept")
+    }
+
+    fn run_at(&self, _at: HostOffset) -> Result<HostRun> {
+        panic!("nothing is kept")
+    }
+
+    fn allocated(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    fn raw_file(&self) -> Option<RawFile<'_>> {
+        None
+    }
+}
+
+impl StorageMut for Sink {
+    fn write_at(&self, _at: HostOffset, _buf: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn zero(&self, _range: Range<HostOffset>, _how: ZeroHow) -> Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, _range: Range<HostOffset>) -> Result<()> {
+        Ok(())
+    }
+
+    fn allocate(&self, _range: Range<HostOffset>) -> Result<()> {
+        Ok(())
+    }
+
+    fn set_len(&self, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
 fn spec(size: u64, options: &str) -> CreateSpec {
     let mut spec = CreateSpec::new(size);
     spec.options = Options::parse(options);
@@ -137,6 +255,138 @@ fn raw_on_a_device() {
     for options in ["", "preallocation=full"] {
         builder(&raw::DRIVER, &spec(SIZE, options), &exact);
     }
+}
+
+#[test]
+fn raw_into_a_pipe() {
+    let pipe = Arc::new(Pipe::default());
+    let files = vec![(Role::Main, Arc::clone(&pipe) as Arc<dyn StorageMut>)];
+    let mut builder = raw::DRIVER.build(&spec(0, ""), files).unwrap();
+    let image = builder.files().to_vec();
+    let data = vec![7; 4096];
+    let mut writes = Writes::new();
+    let at = GuestOffset::new;
+    builder.place(at(0), Stored::Plain(&data), &mut writes).unwrap();
+    builder
+        .place_run(at(4096)..at(300_032), Run::Zero, &mut writes)
+        .unwrap();
+    assert_eq!(
+        builder.reserve(at(300_032)..at(300_544), &mut writes).unwrap(),
+        None
+    );
+    builder
+        .place(at(300_032), Stored::Plain(&data[..512]), &mut writes)
+        .unwrap();
+    writes.perform(&image).unwrap();
+    let mut end = Finish::new(Durability::Synced);
+    end.final_size = Some(300_544);
+    builder.finish(end).unwrap();
+    let bytes = pipe.0.lock().unwrap();
+    let expected = [&data[..], &[0; 295_936], &data[..512]].concat();
+    assert!(*bytes == expected);
+    let files = vec![(Role::Main, Arc::clone(&pipe) as Arc<dyn StorageMut>)];
+    let error = qcow2::DRIVER.build(&spec(512, ""), files).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+}
+
+#[test]
+fn tables_of_a_huge_disk_are_written_as_they_fill() {
+    for options in [
+        "preallocation=metadata",
+        "preallocation=metadata,cluster_size=512",
+        "cluster_size=512",
+    ] {
+        let spec = overlay_if(spec(32 << 30, options), !options.contains("preallocation"));
+        let files = vec![(Role::Main, Arc::new(Sink) as Arc<dyn StorageMut>)];
+        let mut builder = qcow2::DRIVER.build(&spec, files).unwrap();
+        let step = builder.unit() << 17;
+        let (mut waiting, mut at) = (0, 0);
+        // The rest would be more of the same.
+        while at < spec.virtual_size.min(step * 24) {
+            let mut writes = Writes::new();
+            let range = GuestOffset::new(at)..GuestOffset::new(at + step);
+            builder.place_run(range, Run::Zero, &mut writes).unwrap();
+            let queued = writes.queued().iter().map(|write| match write {
+                QueuedWrite::Bytes { bytes, .. } => bytes.len(),
+                _ => 0,
+            });
+            waiting = waiting.max(queued.sum());
+            at += step;
+        }
+        assert!(
+            waiting > 0 && waiting <= 4 << 20,
+            "{options}: {waiting} bytes at once"
+        );
+    }
+}
+
+fn overlay_if(spec: CreateSpec, is: bool) -> CreateSpec {
+    if is { overlay(spec) } else { spec }
+}
+
+#[test]
+fn the_size_of_a_qcow2_may_come_last() {
+    let files = vec![(Role::Main, file())];
+    let image = files[0].1.clone();
+    let mut builder = qcow2::DRIVER.build(&spec(0, ""), files).unwrap();
+    let data = vec![7; 65_536];
+    for (number, len) in [(0, 65_536), (9000, 1000)] {
+        let mut writes = Writes::new();
+        let at = GuestOffset::new(number * 65_536);
+        if number > 0 {
+            builder
+                .place_run(GuestOffset::new(65_536)..at, Run::Zero, &mut writes)
+                .unwrap();
+        }
+        builder
+            .place(at, Stored::Plain(&data[..len]), &mut writes)
+            .unwrap();
+        writes.perform(std::slice::from_ref(&image)).unwrap();
+    }
+    let mut end = Finish::new(Durability::None);
+    end.final_size = Some(9000 * 65_536 + 1000);
+    builder.finish(end).unwrap();
+    let layer = open(&qcow2::DRIVER, &vec![image]);
+    assert_eq!(layer.virtual_size(), 9000 * 65_536 + 1024);
+    let mut found = vec![0; 1024];
+    layer
+        .read_at(GuestOffset::new(9000 * 65_536), &mut found)
+        .unwrap();
+    assert_eq!(found, [&data[..1000], &[0; 24]].concat());
+}
+
+#[test]
+fn qcow2_demands_every_byte_in_order() {
+    let build = || {
+        qcow2::DRIVER
+            .build(&spec(1 << 20, ""), vec![(Role::Main, file())])
+            .unwrap()
+    };
+    let at = GuestOffset::new;
+    let mut writes = Writes::new();
+    let data = vec![7; 65_536];
+    assert!(
+        build()
+            .place(at(65_536), Stored::Plain(&data), &mut writes)
+            .is_err()
+    );
+    assert!(
+        build()
+            .place(at(0), Stored::Packed(&data[..10]), &mut writes)
+            .is_err()
+    );
+    let mut builder = build();
+    builder.place(at(0), Stored::Plain(&data), &mut writes).unwrap();
+    assert!(builder.place(at(0), Stored::Plain(&data), &mut writes).is_err());
+    assert!(builder.finish(Finish::new(Durability::None)).is_err());
+    let small = Arc::new(Device(Memory::zeroed(256 << 10)));
+    let mut builder = qcow2::DRIVER
+        .build(&spec(1 << 20, ""), vec![(Role::Main, small)])
+        .unwrap();
+    let error = builder
+        .place(at(0), Stored::Plain(&data), &mut writes)
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
 }
 
 #[test]

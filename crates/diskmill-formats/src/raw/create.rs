@@ -136,6 +136,7 @@ pub(super) fn build(spec: &CreateSpec, files: FilesMut) -> Result<Box<dyn Builde
     };
     Ok(Box::new(RawBuilder {
         sized: !hints.fixed_len && !hints.append_only,
+        seekable: !hints.append_only,
         size: plan.size,
         zeros,
         files,
@@ -160,6 +161,8 @@ struct RawBuilder {
     zeros: Zeros,
     /// Whether the file takes the length it is given.
     sized: bool,
+    /// Whether bytes can be put anywhere at any time.
+    seekable: bool,
 }
 
 impl Builder for RawBuilder {
@@ -211,6 +214,9 @@ impl Builder for RawBuilder {
         range: Range<GuestOffset>,
         _writes: &mut Writes<'b>,
     ) -> Result<Option<HostSpan>> {
+        if !self.seekable {
+            return Ok(None);
+        }
         Ok(Some(HostSpan {
             file: FileIndex::MAIN,
             at: HostOffset::new(range.start.get()),

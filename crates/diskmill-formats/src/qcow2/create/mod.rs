@@ -383,8 +383,9 @@ impl Builder for Qcow2Builder {
             plan.virtual_size = size.checked_next_multiple_of(SECTOR).unwrap_or(size);
             tables.covers(plan.virtual_size)?;
         }
-        let most = HostOffset::new(plan.virtual_size);
-        if placed.get() < plan.virtual_size || placed.get() > up(most, unit)?.get() {
+        // The last unit, and in a stream the last sector, may be cut short.
+        let whole = |bytes| up(HostOffset::new(bytes), unit);
+        if whole(placed.get())? != whole(plan.virtual_size)? {
             let text = format!("{placed} bytes are placed of a disk of {}", plan.virtual_size);
             return Err(Error::new(ErrorKind::Usage, text).format(Format::Qcow2));
         }
