@@ -42,6 +42,17 @@ pub trait Layer: Send + Sync + Debug {
     }
 }
 
+/// What is taken for bytes before there is data for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reserve {
+    /// A place in the file.
+    Place,
+    /// A place, and host space for it.
+    Space,
+    /// A place, and zeros written to it.
+    Zeros,
+}
+
 /// One image, open for changing in place.
 ///
 /// Every method leaves an image that a power cut cannot corrupt: space may leak, data that was flushed is there.
@@ -73,6 +84,16 @@ pub trait LayerMut: Layer {
 
     /// Changes the virtual size. New bytes read as zeros.
     fn resize(&self, size: u64, below: &Chain) -> Result<()>;
+
+    /// Takes room for bytes that read as zeros because nothing was ever written there: what a disk has grown by. They
+    /// go on reading as zeros. An error of kind [`ErrorKind::Unsupported`] if the format has no such thing.
+    fn reserve(&self, range: Range<GuestOffset>, how: Reserve) -> Result<()> {
+        let _ = (range, how);
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            "the format cannot take room ahead of data",
+        ))
+    }
 
     /// Returns when all that was written is durable and reachable.
     fn flush(&self) -> Result<()>;

@@ -45,12 +45,17 @@ impl Preallocation {
 /// Zeros to write where a hole will not do.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
+/// Zeros to write, up to `len` of them: at least 1 unless `len` is 0.
+pub(crate) fn zeros(len: u64) -> &'static [u8] {
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
+    ZEROS.get(..len).unwrap_or(&ZEROS)
+}
+
 /// Queues zeros that are written like data.
 pub(crate) fn write_zeros(file: FileIndex, range: Range<HostOffset>, writes: &mut Writes<'_>) {
     let mut at = range.start;
     while at < range.end {
-        let len = usize::try_from(range.end.since(at)).unwrap_or(usize::MAX);
-        let zeros = ZEROS.get(..len).unwrap_or(&ZEROS);
+        let zeros = zeros(range.end.since(at));
         writes.push(file, at, zeros);
         at = at.saturating_add(zeros.len() as u64);
     }

@@ -26,6 +26,7 @@ pub mod map;
 mod measure;
 pub mod options;
 mod refcount;
+mod reserve;
 mod resize;
 pub mod run;
 mod slot;

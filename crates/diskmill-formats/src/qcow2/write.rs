@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
     Chain, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format, GuestOffset, HostOffset,
-    HostSpan, Job, Layer, LayerMut, OpenSpec, Result, State as RunState, Storage, StorageMut, Stored,
-    ZeroHow,
+    HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, State as RunState, Storage, StorageMut,
+    Stored, ZeroHow,
 };
 
 use super::bitmap;
@@ -495,6 +495,16 @@ impl LayerMut for Image {
     fn resize(&self, size: u64, below: &Chain) -> Result<()> {
         let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
         self.resize_held(size, below)
+    }
+
+    fn reserve(&self, range: Range<GuestOffset>, how: Reserve) -> Result<()> {
+        self.within(range.start, range.end.since(range.start))?;
+        let range = range.start.get()..range.end.get();
+        if range.is_empty() {
+            return Ok(());
+        }
+        let _flight = self.flights.hold(self.clusters(&range), Hold::Alone);
+        self.reserve_held(range, how)
     }
 
     fn flush(&self) -> Result<()> {

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskmill_core::{
     Chain, Error, ErrorKind, Extent, Facts, FileIndex, Format, GuestOffset, HostOffset, Layer, LayerMut,
-    Result, SECTOR, Storage, StorageMut, Stored, ZeroHow,
+    Reserve, Result, SECTOR, Storage, StorageMut, Stored, ZeroHow,
 };
 
 use super::layer::{View, map};
+use crate::preallocation::zeros;
 
 /// Why a raw image cannot be changed as asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +21,8 @@ enum WriteError {
     Packed,
     #[error("a raw image cannot be emptied: it has no backing image")]
     Empty,
+    #[error("a raw image has no tables to fill in ahead of data")]
+    NoTables,
     #[error("the size of a raw image cannot be changed where the option 'size' fixes it")]
     Fixed,
     #[error("size is {size}, must be {own}: a device keeps its size")]
@@ -167,6 +170,23 @@ impl LayerMut for RawLayerMut {
         self.file.set_len(end)?;
         self.size.store(size.next_multiple_of(SECTOR), Ordering::Release);
         Ok(())
+    }
+
+    fn reserve(&self, range: Range<GuestOffset>, how: Reserve) -> Result<()> {
+        let host = self.host(range.start, range.end.since(range.start))?;
+        match how {
+            Reserve::Place => Err(WriteError::NoTables.into()),
+            Reserve::Space => self.file.zero(host, ZeroHow::KeepAllocated),
+            Reserve::Zeros => {
+                let mut at = host.start;
+                while at < host.end {
+                    let piece = zeros(host.end.since(at));
+                    self.file.write_at(at, piece)?;
+                    at = at.plus(piece.len() as u64)?;
+                }
+                Ok(())
+            }
+        }
     }
 
     fn flush(&self) -> Result<()> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use diskmill_core::{
     Chain, Error, ErrorKind, Extent, Facts, FileIndex, Format, GuestOffset, HostSpan, Layer, LayerMut,
-    Result, SECTOR, Sample, Storage, Stored, ZeroHow,
+    Reserve, Result, SECTOR, Sample, Storage, Stored, ZeroHow,
 };
 
 use super::OpenError;
@@ -109,6 +109,10 @@ impl LayerMut for Guarded {
 
     fn resize(&self, size: u64, below: &Chain) -> Result<()> {
         self.inner.resize(size, below)
+    }
+
+    fn reserve(&self, range: Range<GuestOffset>, how: Reserve) -> Result<()> {
+        self.inner.reserve(range, how)
     }
 
     fn flush(&self) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use diskmill_core::{Error, ErrorKind, FileIndex, Format, GuestOffset, Result, Storage, ZeroHow};
+use diskmill_core::{Error, ErrorKind, FileIndex, Format, GuestOffset, Reserve, Result, Storage};
 
 use crate::open::{self, ImageMut, OpenRequest, OpenWarning};
 
@@ -146,11 +146,11 @@ pub fn run(request: &ResizeRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Resul
     if to < from && !request.shrink {
         return refuse(ResizeError::WouldShrink { from, to });
     }
-    if to > from && request.preallocation == Preallocation::Metadata {
-        return refuse(ResizeError::Preallocation(request.preallocation.name()));
-    }
     let on_device = |file: &Arc<dyn Storage>| file.hints().fixed_len;
     let raw = image.top.facts().format == Format::Raw;
+    if raw && request.preallocation == Preallocation::Metadata {
+        return refuse(ResizeError::Preallocation(request.preallocation.name()));
+    }
     if raw && to != from && image.top.file(FileIndex::MAIN).is_some_and(on_device) {
         return refuse(ResizeError::Device);
     }
@@ -164,7 +164,8 @@ pub fn run(request: &ResizeRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Resul
 
 fn grow_or_shrink(image: &ImageMut, from: u64, to: u64, preallocation: Preallocation) -> Result<()> {
     image.top.resize(to, &image.below)?;
-    let new = GuestOffset::new(from)..GuestOffset::new(image.top.virtual_size());
+    // The file of a raw disk ends where it was told to, not with the sector.
+    let new = GuestOffset::new(from)..GuestOffset::new(image.top.virtual_size().min(to));
     if let Err(error) = preallocate(image, new, preallocation) {
         // The first error is the one to tell.
         let _ = image.top.resize(from, &image.below);
@@ -173,30 +174,12 @@ fn grow_or_shrink(image: &ImageMut, from: u64, to: u64, preallocation: Prealloca
     image.top.flush()
 }
 
-/// Zeros written at once.
-const PIECE: usize = 1 << 20;
-
 fn preallocate(image: &ImageMut, new: Range<GuestOffset>, how: Preallocation) -> Result<()> {
-    let raw = image.top.facts().format == Format::Raw;
-    match how {
-        Preallocation::Off => Ok(()),
-        Preallocation::Falloc if raw => image.top.zero(new, ZeroHow::KeepAllocated, &image.below),
-        // Only writing makes a format give clusters their place.
-        Preallocation::Falloc | Preallocation::Full => {
-            let zeros = vec![0; PIECE];
-            let mut at = new.start;
-            while at < new.end {
-                let len = usize::try_from(new.end.since(at)).unwrap_or(PIECE).min(PIECE);
-                image
-                    .top
-                    .write_at(at, zeros.get(..len).unwrap_or(&zeros), &image.below)?;
-                at = at.plus(len as u64)?;
-            }
-            Ok(())
-        }
-        Preallocation::Metadata => Err(Error::new(
-            ErrorKind::Unsupported,
-            ResizeError::Preallocation(how.name()),
-        )),
-    }
+    let how = match how {
+        Preallocation::Off => return Ok(()),
+        Preallocation::Metadata => Reserve::Place,
+        Preallocation::Falloc => Reserve::Space,
+        Preallocation::Full => Reserve::Zeros,
+    };
+    image.top.reserve(new, how)
 }

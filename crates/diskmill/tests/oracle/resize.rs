@@ -1,10 +1,15 @@
 //! `qemu-img resize`.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
 use diskmill::open::OpenWarning;
 use diskmill::ops::resize::{NewSize, Preallocation, ResizeError, ResizeRequest, Resized, run};
 use diskmill_core::{Error, Result};
 use diskmill_testkit::host::Loop;
 use diskmill_testkit::{Scratch, oracle};
+
+use serde_json::{Value, json};
 
 use crate::gallery::{Picture, request};
 
@@ -52,7 +57,6 @@ fn raw_preallocates() {
             .arg(&theirs)
             .arg("3M")
             .ok();
-        use std::os::unix::fs::MetadataExt;
         let of = |path: &std::path::Path| {
             let data = std::fs::metadata(path).unwrap();
             (data.len(), data.blocks())
@@ -166,4 +170,90 @@ fn a_device_keeps_its_size_and_an_image_on_it_need_not() {
     };
     resize(&image, NewSize::To(64 << 20), false, Preallocation::Off).unwrap();
     oracle::assert_clean(device.path(), "qcow2");
+}
+
+/// What a map says of an image, less where in the file and in how many pieces.
+fn states(path: &Path) -> Vec<Value> {
+    let entries: Vec<Value> = serde_json::from_value(oracle::map(path, "qcow2")).unwrap();
+    let mut joined: Vec<Value> = Vec::new();
+    for mut entry in entries {
+        let placed = entry.get("offset").is_some();
+        entry["offset"] = placed.into();
+        let length = entry["length"].take().as_u64().unwrap();
+        let start = entry["start"].take();
+        match joined.last_mut() {
+            Some(last) if last["what"] == entry => {
+                last["length"] = (last["length"].as_u64().unwrap() + length).into();
+            }
+            _ => joined.push(json!({"start": start, "length": length, "what": entry})),
+        }
+    }
+    joined
+}
+
+#[test]
+fn qcow2_preallocates() {
+    let scratch = Scratch::new();
+    for options in [
+        "",
+        "cluster_size=4k",
+        "compat=0.10",
+        "extended_l2=on",
+        "data_file=DATA",
+    ] {
+        for (name, how) in [
+            ("metadata", Preallocation::Metadata),
+            ("falloc", Preallocation::Falloc),
+            ("full", Preallocation::Full),
+        ] {
+            let make = |who: &str| {
+                let path = scratch.join(format!("{who}-{name}-{options}.qcow2"));
+                let data = scratch.join(format!("{who}-{name}.data"));
+                // What is left of a cluster in use we call zero in so many words, where they say nothing of subclusters.
+                let size = if options.starts_with("extended") {
+                    "1M"
+                } else {
+                    "1000k"
+                };
+                oracle::create(
+                    &path,
+                    "qcow2",
+                    &options.replace("DATA", data.to_str().unwrap()),
+                    size,
+                );
+                oracle::io(&path, "qcow2", ["write -P 5 0 64k", "write -P 6 960k 40k"]);
+                path
+            };
+            let (ours, theirs) = (make("ours"), make("theirs"));
+            let picture = Picture {
+                path: ours.clone(),
+                format: "qcow2",
+            };
+            resize(&picture, NewSize::To(5 << 20), false, how).unwrap();
+            oracle::qemu_img()
+                .args(["resize", "-q", "--preallocation", name])
+                .arg(&theirs)
+                .arg("5M")
+                .ok();
+            oracle::assert_clean(&ours, "qcow2");
+            let checks = [
+                "read -P 5 0 64k",
+                "read -P 0 64k 896k",
+                "read -P 6 960k 40k",
+                "read -P 0 1000k 4120k",
+            ];
+            oracle::io(&ours, "qcow2", checks);
+            assert_eq!(states(&ours), states(&theirs), "{name} {options}");
+            let data = |who: &str| match options.starts_with("data_file") {
+                true => scratch.join(format!("{who}-{name}.data")),
+                false => scratch.join(format!("{who}-{name}-{options}.qcow2")),
+            };
+            let blocks = |who: &str| std::fs::metadata(data(who)).unwrap().blocks() * 512;
+            let (ours, theirs) = (blocks("ours"), blocks("theirs"));
+            assert!(
+                ours.abs_diff(theirs) <= 128 << 10,
+                "{name} {options}: {ours} bytes, they have {theirs}"
+            );
+        }
+    }
 }
