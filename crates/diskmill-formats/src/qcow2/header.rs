@@ -698,11 +698,8 @@ impl Header {
                 allowed: "0 to 65536",
             });
         }
-        self.snapshots_offset = match self.nb_snapshots {
-            // Without snapshots the offset means nothing, but it is kept.
-            0 => HostOffset::new(raw.snapshots_offset.get()),
-            _ => cluster_bits.aligned("snapshots_offset", raw.snapshots_offset.get())?,
-        };
+        // Without snapshots the offset means nothing, but QEMU minds it all the same.
+        self.snapshots_offset = cluster_bits.aligned("snapshots_offset", raw.snapshots_offset.get())?;
         if self.nb_snapshots != 0 && self.snapshots_offset == HostOffset::ZERO {
             return Err(HeaderError::Range {
                 field: "snapshots_offset",

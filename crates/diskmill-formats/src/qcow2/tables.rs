@@ -114,8 +114,9 @@ impl Tables {
         )?;
         let l1_at = header.l1_table_offset;
         let l1_len = usize::try_from(header.l1_size).unwrap_or(0) * 8;
-        if l1_len > 0 && l1_at.get() >= len {
-            return Err(past_end("the active l1 table", l1_at.get(), len));
+        let l1_last = l1_at.get().saturating_add(l1_len as u64).saturating_sub(1);
+        if l1_len > 0 && l1_last >= len {
+            return Err(past_end("the last byte of the active l1 table", l1_last, len));
         }
         let mut raw = vec![0; l1_len];
         fence.file().read_padded(l1_at, &mut raw)?;

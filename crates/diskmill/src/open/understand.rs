@@ -95,9 +95,11 @@ impl Understood {
         if let Place::Top(_) = place {
             how.snapshot.clone_from(&request.snapshot);
         }
-        let parsed = driver
-            .parse(file.clone(), &how)
-            .map_err(|error| not_in_format(error, driver.format()).path(&spec.file.path))?;
+        let parsed = driver.parse(file.clone(), &how).map_err(|error| {
+            not_in_format(error, driver.format())
+                .op("open")
+                .path(&spec.file.path)
+        })?;
         Ok(Self {
             shown: spec.shown.clone(),
             file,

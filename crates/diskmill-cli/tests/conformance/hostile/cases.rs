@@ -17,8 +17,8 @@ macro_rules! cases {
     ($($name:ident: $base:ident, $fate:expr, $patch:expr;)*) => {$(
         #[test]
         fn $name() {
-            use Fate::{Damaged, Opens, Refused};
-            let _ = (Damaged, Opens, Refused(&[]));
+            use Fate::{Damaged, DataRefused, Opens, Refused, RefusedButChecked};
+            let _ = (Damaged, Opens, Refused(&[]), DataRefused(&[]), RefusedButChecked(&[]));
             case(Base::$base, $fate, $patch);
         }
     )*};
@@ -37,7 +37,7 @@ cases! {
     header__backing_len_1024: Backed, Refused(&["backing_file_size"]), |i| i.put32(16, 1024);
     header__backing_len_huge: Backed, Refused(&["backing_file_size"]), |i| i.put32(16, u32::MAX);
     header__backing_name_crosses_the_cluster: Backed, Refused(&["backing_file_size"]), |i| { i.put64(8, 65530); i.put32(16, 100); };
-    header__size_2_to_62: Plain, Refused(&["l1_size"]), |i| i.put64(24, 1 << 62);
+    header__size_2_to_62: Plain, Refused(&["size"]), |i| i.put64(24, 1 << 62);
     header__size_2_to_63: Plain, Refused(&["size"]), |i| i.put64(24, 1 << 63);
     header__size_largest: Plain, Refused(&["size"]), |i| i.put64(24, u64::MAX);
     header__l1_too_small_for_size: Plain, Refused(&["l1_size"]), |i| i.put64(24, 64 << 30);
@@ -47,8 +47,8 @@ cases! {
     header__l1_offset_unaligned: Plain, Refused(&["l1_table_offset"]), |i| i.put64(40, 0x30001);
     header__l1_offset_negative: Plain, Refused(&["l1_table_offset"]), |i| i.put64(40, 1 << 63);
     header__l1_offset_0: Plain, Refused(&["l1_table_offset"]), |i| i.put64(40, 0);
-    header__l1_past_the_end: Plain, Refused(&["past the end"]), |i| i.put64(40, 1 << 40);
-    header__l1_of_4_mi_in_a_tiny_file: Plain, Refused(&["past the end"]), |i| i.put32(36, 4 << 20);
+    header__l1_past_the_end: Plain, DataRefused(&["end of the file"]), |i| i.put64(40, 1 << 40);
+    header__l1_of_4_mi_in_a_tiny_file: Plain, DataRefused(&["end of the file"]), |i| i.put32(36, 4 << 20);
     header__refcount_table_offset_unaligned: Plain, Refused(&["refcount_table_offset"]), |i| i.put64(48, 0x10200);
     header__refcount_table_offset_negative: Plain, Refused(&["refcount_table_offset"]), |i| i.put64(48, 1 << 63);
     header__refcount_table_offset_0: Plain, Refused(&["refcount_table_offset"]), |i| i.put64(48, 0);
@@ -70,7 +70,7 @@ cases! {
     header__compression_type_without_bit: Plain, Refused(&["compression"]), |i| i.put(104, &[1]);
     header__compression_type_2: Zstd, Refused(&["compression_type"]), |i| i.put(104, &[2]);
     header__crypt_method_3: Plain, Refused(&["crypt_method"]), |i| i.put32(32, 3);
-    header__crypt_method_1: Plain, Refused(&["encrypt"]), |i| i.put32(32, 1);
+    header__crypt_method_1: Plain, DataRefused(&["encrypt"]), |i| i.put32(32, 1);
     header__crypt_method_2_without_header: Plain, Refused(&["encrypt"]), |i| i.put32(32, 2);
     header__data_file_bit_without_name: Plain, Damaged, |i| i.put64(72, 4);
     header__truncated_to_70_bytes: Plain, Refused(&["header"]), |i| i.bytes.truncate(70);
@@ -86,8 +86,8 @@ cases! {
     extension__bitmap_directory_size_0: Bitmaps, Refused(&["bitmap_directory"]), |i| { let at = i.extension(0x2385_2875); i.put64(at + 16, 0); };
     extension__bitmap_directory_size_huge: Bitmaps, Refused(&["bitmap"]), |i| { let at = i.extension(0x2385_2875); i.put64(at + 16, 1 << 40); };
 
-    snapshot__extra_too_long: Snapshots, Refused(&["snapshot"]), |i| { let at = i.get64(64); i.put32(at + 36, 1025); };
-    snapshot__table_past_the_end: Snapshots, Refused(&["snapshot"]), |i| i.put64(64, 1 << 40);
+    snapshot__extra_too_long: Snapshots, RefusedButChecked(&["snapshot"]), |i| { let at = i.get64(64); i.put32(at + 36, 1025); };
+    snapshot__table_past_the_end: Snapshots, RefusedButChecked(&["snapshot"]), |i| i.put64(64, 1 << 40);
     snapshot__l1_past_the_end: Snapshots, Damaged, |i| { let at = i.get64(64); i.put64(at, 1 << 40); };
     snapshot__l1_size_largest: Snapshots, Damaged, |i| { let at = i.get64(64); i.put32(at + 8, u32::MAX); };
 

@@ -129,7 +129,7 @@ fn backing__json_nested_deeply() {
     let deep = format!("json:{}1{}", "{\"file\":".repeat(110), "}".repeat(110));
     opens_nothing_of(&deep, "raw");
     let scratch = Scratch::new();
-    let deep = format!("json:{}1{}", "{\"file\":".repeat(20_000), "}".repeat(20_000));
+    let deep = format!("json:{}1{}", "{\"file\":".repeat(10_000), "}".repeat(10_000));
     for front in [&["qemu-img"][..], &[][..]] {
         let done = run(&scratch, front, &format!("info {deep}"));
         assert_eq!(done.code, Some(1), "{done}");
