@@ -350,7 +350,9 @@ impl ConvertArgs {
     ) -> Failure {
         let path = error.context().path.clone();
         let is = |name: &OsString| path.as_deref().is_some_and(|path| path == Path::new(name));
-        let opening = error.context().op == Some("open") || error.kind() == ErrorKind::Locked;
+        // A table that is read whole is read while opening.
+        let op = error.context().op.unwrap_or_default();
+        let opening = op == "open" || op.starts_with("read the ") || error.kind() == ErrorKind::Locked;
         if is_about_the_request(&error) {
             return Failure::from(error);
         }
