@@ -31,6 +31,9 @@ pub trait Encoder: Send {
     /// Encodes one unit, which is whole: the last of a disk is padded with zeros. A packed unit is left at the start
     /// of `scratch`, which the encoder sizes as it needs.
     fn encode(&mut self, unit: &[u8], scratch: &mut Vec<u8>) -> Result<EncodedKind>;
+
+    /// Encodes one unit that is to be stored even if it is all zeros: never [`EncodedKind::Zero`].
+    fn pack(&mut self, unit: &[u8], scratch: &mut Vec<u8>) -> Result<EncodedKind>;
 }
 
 /// Bytes to store for guest data.

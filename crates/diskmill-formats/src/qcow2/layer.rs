@@ -12,7 +12,7 @@ use super::header::{CompressionType, Header};
 use super::hollow::RefcountPlace;
 use super::map::{ClusterKind, CompressedSpan, Geometry, L1Entry, L2Entry};
 use super::run::{RunKind, Scan, split_entry};
-use crate::codec::Decoder;
+use crate::codec::{Codec, Decoder, UnitEncoder};
 
 /// L2 slices that one call of [`Layer::map`] may read.
 const SLICES_PER_MAP: u32 = 16;
@@ -521,6 +521,15 @@ impl Decoders {
             geometry,
             idle: Mutex::default(),
         }
+    }
+
+    /// An encoder of what the decoders decode, at its default level.
+    pub(super) fn encoder(&self) -> Result<UnitEncoder> {
+        let codec = match self.compression {
+            CompressionType::Zlib => Codec::deflate(None, self.geometry.cluster_size())?,
+            CompressionType::Zstd => Codec::zstd(None)?,
+        };
+        UnitEncoder::new(Some(codec))
     }
 
     /// A decoder for the caller alone, until it is [put](Self::put) back.

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
-    Chain, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format, GuestOffset, HostOffset,
-    HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, State as RunState, Storage, StorageMut,
-    Stored, ZeroHow,
+    Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format, GuestOffset,
+    HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, State as RunState, Storage,
+    StorageMut, Stored, ZeroHow,
 };
 
 use super::bitmap;
@@ -465,6 +465,13 @@ impl LayerMut for Image {
             Stored::Plain(bytes) => self.write_at(at, bytes, below),
             Stored::Packed(bytes) => self.write_packed(at, bytes),
         }
+    }
+
+    fn encoder(&self) -> Result<Box<dyn Encoder>> {
+        if self.geometry.data_file() {
+            return Err(refuse(ErrorKind::Unsupported, WriteError::PackedInDataFile));
+        }
+        Ok(Box::new(self.decoders.encoder()?))
     }
 
     fn zero(&self, range: Range<GuestOffset>, how: ZeroHow, below: &Chain) -> Result<()> {

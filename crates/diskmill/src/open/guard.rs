@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use diskmill_core::{
-    Chain, Error, ErrorKind, Extent, Facts, FileIndex, Format, GuestOffset, HostSpan, Layer, LayerMut,
-    Reserve, Result, SECTOR, Sample, Storage, Stored, ZeroHow,
+    Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, Format, GuestOffset, HostSpan, Layer,
+    LayerMut, Reserve, Result, SECTOR, Sample, Storage, Stored, ZeroHow,
 };
 
 use super::OpenError;
@@ -93,6 +93,10 @@ impl LayerMut for Guarded {
             self.check(at, bytes)?;
         }
         self.inner.write_encoded(at, unit, below)
+    }
+
+    fn encoder(&self) -> Result<Box<dyn Encoder>> {
+        self.inner.encoder()
     }
 
     fn zero(&self, range: Range<GuestOffset>, how: ZeroHow, below: &Chain) -> Result<()> {

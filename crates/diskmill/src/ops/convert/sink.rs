@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use diskmill_core::{
-    Builder, Chain, Encoder, Error, ErrorKind, GuestOffset, HostSpan, LayerMut, Result, Run, State,
-    StorageMut, Stored, Writes, ZeroHow,
+    Builder, Chain, Encoder, Error, ErrorKind, GuestOffset, HostSpan, LayerMut, Result, Run, StorageMut,
+    Stored, Writes, ZeroHow,
 };
 
 use super::lane::{Lane, lock};
@@ -193,16 +193,9 @@ impl Existing<'_> {
                         at += bytes.len() as u64;
                     }
                 }
-                Placement::Packed { offset, .. } => {
-                    let len = lane.cut.step.min(self.image.virtual_size() - at.get());
-                    let old = self.image.map(at, len)?;
-                    if old.state == State::Absent && old.len == len {
-                        self.image
-                            .write_encoded(at, ready.stored(placement)?, self.below)?;
-                    } else {
-                        // A unit that has a place is written there, as it is.
-                        self.image.write_at(at, ready.plain(*offset, len)?, self.below)?;
-                    }
+                Placement::Packed { .. } => {
+                    self.image
+                        .write_encoded(at, ready.stored(placement)?, self.below)?;
                 }
                 Placement::Plain { range, offset } => {
                     let bytes = ready.plain(*offset, range.end - range.start)?;

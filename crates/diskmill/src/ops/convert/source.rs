@@ -1,5 +1,6 @@
 //! What is read: disks one behind the other, and the chunks they are cut into.
 
+use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -157,6 +158,8 @@ pub(crate) struct Scanner<'a> {
     turn: u64,
     /// The run that was found last and is not used up.
     found: Option<Piece>,
+    /// Of which layers the host is asked for holes.
+    hollow: HashMap<(usize, usize), bool>,
 }
 
 impl<'a> Scanner<'a> {
@@ -167,6 +170,7 @@ impl<'a> Scanner<'a> {
             at: 0,
             turn: 0,
             found: None,
+            hollow: HashMap::new(),
         }
     }
 
@@ -354,11 +358,9 @@ impl<'a> Scanner<'a> {
             },
         };
         if let State::Data(span) = state
-            && let Some(file) = part
-                .chain
-                .layers()
-                .get(depth)
-                .and_then(|layer| layer.file(span.file))
+            && let Some(layer) = part.chain.layers().get(depth)
+            && let Some(file) = layer.file(span.file)
+            && is_hollow(&mut self.hollow, (index, depth), layer)?
         {
             match file.run_at(span.at)? {
                 HostRun::Hole(len) => {
@@ -389,6 +391,20 @@ impl<'a> Scanner<'a> {
         let run = chain.map(at, max)?;
         Ok((run.len, run.state, run.depth))
     }
+}
+
+/// What [`Layer::is_hollow`] says, asked once.
+fn is_hollow(
+    known: &mut HashMap<(usize, usize), bool>,
+    place: (usize, usize),
+    layer: &Arc<dyn Layer>,
+) -> Result<bool> {
+    if let Some(known) = known.get(&place) {
+        return Ok(*known);
+    }
+    let hollow = layer.is_hollow()?;
+    known.insert(place, hollow);
+    Ok(hollow)
 }
 
 /// Whether two pieces are one. Extents of a layer are not: each must be read by itself.

@@ -33,8 +33,6 @@ pub(super) enum Placement {
         scratch: usize,
         /// How many bytes of that.
         len: usize,
-        /// Where the unit itself is in the buffer.
-        offset: usize,
     },
     /// By the kernel.
     Copy(Piece),
@@ -204,17 +202,11 @@ impl<'l, 'a> Worker<'l, 'a> {
                         self.scratch.push(Vec::new());
                     }
                     let scratch = self.scratch.get_mut(packed).ok_or_else(out_of_buffer)?;
-                    match encoder.encode(bytes, scratch)? {
+                    match encoder.pack(bytes, scratch)? {
                         EncodedKind::Packed { len } => {
                             let scratch = packed;
                             packed += 1;
-                            let offset = from;
-                            self.placements.push(Placement::Packed {
-                                at,
-                                scratch,
-                                len,
-                                offset,
-                            });
+                            self.placements.push(Placement::Packed { at, scratch, len });
                         }
                         EncodedKind::Plain | EncodedKind::Zero => {
                             push_plain(&mut self.placements, at..end, from);
