@@ -8,8 +8,9 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::header::{ClusterBits, HeaderError};
 use super::layout::{
-    BITMAP_ENTRY_MAX, BITMAPS_MAX, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_DATA_FILE, EXT_ENCRYPTION, EXT_END,
-    EXT_FEATURE_NAMES, RawBitmapsExtension, RawEncryptionExtension, RawExtension, RawFeatureName,
+    BACKING_FORMAT_MAX, BITMAP_ENTRY_MAX, BITMAPS_MAX, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_DATA_FILE,
+    EXT_ENCRYPTION, EXT_END, EXT_FEATURE_NAMES, RawBitmapsExtension, RawEncryptionExtension, RawExtension,
+    RawFeatureName,
 };
 
 /// Where the directory of dirty bitmaps is.
@@ -168,6 +169,14 @@ impl Extension {
 
     fn parse(kind: u32, data: &[u8], cluster_bits: ClusterBits) -> Result<Self, HeaderError> {
         Ok(match kind {
+            EXT_BACKING_FORMAT if data.len() as u64 > BACKING_FORMAT_MAX.into() => {
+                return Err(HeaderError::Bounds {
+                    field: "length of the backing format",
+                    value: data.len() as u64,
+                    low: 0,
+                    high: BACKING_FORMAT_MAX.into(),
+                });
+            }
             EXT_BACKING_FORMAT => Self::BackingFormat(data.to_vec()),
             EXT_DATA_FILE => Self::DataFile(data.to_vec()),
             EXT_ENCRYPTION => Self::Encryption(parse_encryption(data, cluster_bits)?),

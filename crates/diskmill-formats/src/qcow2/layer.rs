@@ -14,8 +14,8 @@ use super::map::{ClusterKind, CompressedSpan, Geometry, L1Entry, L2Entry};
 use super::run::{RunKind, Scan, split_entry};
 use crate::codec::{Codec, Decoder, UnitEncoder};
 
-/// L2 slices that one call of [`Layer::map`] may read.
-const SLICES_PER_MAP: u32 = 16;
+/// Bytes of L2 tables that one call of [`Layer::map`] may look at.
+const L2_BYTES_PER_MAP: usize = 512 << 10;
 /// L1 entries without a table that one call of [`Layer::map`] may step over.
 const L1_PER_MAP: u32 = 64 << 10;
 /// Compressed bytes that are read at once.
@@ -221,8 +221,8 @@ impl Qcow2Layer {
             ));
         }
         let mut scan = Scan::new(self.geometry, at, max.min(size.saturating_sub(at.get())));
-        let (mut slices, mut skipped) = (0, 0);
-        while !scan.is_done() && slices < SLICES_PER_MAP && skipped < L1_PER_MAP {
+        let (mut seen, mut skipped) = (0_usize, 0);
+        while !scan.is_done() && seen < L2_BYTES_PER_MAP && skipped < L1_PER_MAP {
             let before = scan.cursor();
             match self.table(before) {
                 Ok(Table::None) => {
@@ -230,7 +230,7 @@ impl Qcow2Layer {
                     scan.feed_no_table();
                 }
                 Ok(Table::Entries(slice, from)) => {
-                    slices = slices.saturating_add(1);
+                    seen = seen.saturating_add(slice.len());
                     scan.feed(slice.get(from..).unwrap_or_default())?;
                 }
                 // What comes before an unreadable table can be told all the same.

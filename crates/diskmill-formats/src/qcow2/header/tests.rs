@@ -213,6 +213,10 @@ fn extensions_must_fit_their_area() {
         "length of header extension 0x00001234 is 4294967295, must be at most 65416"
     );
     assert_eq!(
+        with_extension(EXT_BACKING_FORMAT, 16, b"a very long name"),
+        "length of the backing format is 16, must be 0 to 15"
+    );
+    assert_eq!(
         with_extension(EXT_BACKING_FORMAT, 65_417, &[]),
         "length of header extension 0xe2792aca is 65417, must be at most 65416"
     );
@@ -352,7 +356,7 @@ fn widths_follow_from_orders() {
 fn any_extension() -> impl Strategy<Value = Extension> {
     let data = || proptest::collection::vec(any::<u8>(), 0..40);
     prop_oneof![
-        data().prop_map(Extension::BackingFormat),
+        proptest::collection::vec(any::<u8>(), 0..16).prop_map(Extension::BackingFormat),
         data().prop_map(Extension::DataFile),
         Just(Header::feature_names()),
         data().prop_filter_map("not a whole record", |rest| (rest.len() < 48)
