@@ -261,8 +261,21 @@ impl<'a> Scanner<'a> {
             {
                 break;
             }
-            piece.range.end = piece.range.end.min(limit);
-            self.at = piece.range.end;
+            let mut end = piece.range.end.min(limit);
+            let (here, next) = (self.at, self.at.next_multiple_of(self.cut.step));
+            if here < next && next < end {
+                // What ends this step may make up the next ones whole.
+                self.at = next;
+                let rest = Piece {
+                    range: next..piece.range.end,
+                    origin: piece.origin,
+                };
+                if self.whole_run(&rest).is_some() || self.whole_copy(&rest, COPY).is_some() {
+                    end = next;
+                }
+            }
+            piece.range.end = end;
+            self.at = end;
             match chunk.pieces.get_mut(first..).and_then(<[Piece]>::last_mut) {
                 Some(last) if joins(last, &piece) => last.range.end = piece.range.end,
                 _ => chunk.pieces.push(piece),
