@@ -82,8 +82,10 @@ fn play(image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Vec<Epoch> {
     for op in ops {
         let from = journal.len();
         let mut next = model.clone();
-        next.apply(op, &layer, &image.below, image.unit, &|unit| image.pack(unit))
-            .unwrap_or_else(|error| panic!("{op:?}: {error:?}"));
+        next.apply(op, &layer, &image.below, image.unit, &|unit| {
+            image.pack(&layer, unit)
+        })
+        .unwrap_or_else(|error| panic!("{op:?}: {error:?}"));
         model = next;
         // While it is under way, a part of it may show.
         versions.push(model.bytes().to_vec());
@@ -310,7 +312,7 @@ fn a_call_that_fails_corrupts_nothing() {
                 Ok(layer) => {
                     let mut model = Model::new(image.start.clone());
                     for op in &ops {
-                        let pack = |unit: &[u8]| image.pack(unit);
+                        let pack = |unit: &[u8]| image.pack(&layer, unit);
                         if let Err(error) = model.apply(op, &layer, &image.below, image.unit, &pack) {
                             failed = Some(error);
                         }

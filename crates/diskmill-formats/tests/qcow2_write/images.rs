@@ -4,9 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use diskmill_core::{
-    Chain, CheckReport, EncodedKind, Encoder, Job, LayerMut, OpenSpec, Result, Role, Storage, StorageMut,
+    Chain, CheckReport, EncodedKind, ErrorKind, Job, LayerMut, OpenSpec, Result, Role, Storage, StorageMut,
 };
-use diskmill_formats::codec::{Codec, UnitEncoder};
 use diskmill_formats::registry;
 use diskmill_storage::Memory;
 use diskmill_testkit::{Scratch, contract, oracle};
@@ -389,18 +388,19 @@ impl Image {
     }
 
     /// Compresses a cluster as the image wants it.
-    pub fn pack(&self, unit: &[u8]) -> Option<Vec<u8>> {
+    pub fn pack(&self, layer: &Arc<dyn LayerMut>, unit: &[u8]) -> Option<Vec<u8>> {
         if self.kind.options.contains("DATA") {
+            let error = layer.encoder().err().expect("no compression");
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
             return None;
         }
-        let codec = if self.kind.options.contains("zstd") {
-            Codec::zstd(None)
-        } else {
-            Codec::deflate(None, 65_536)
-        };
-        let mut encoder = UnitEncoder::new(Some(codec.expect("a codec"))).expect("an encoder");
         let mut packed = Vec::new();
-        match encoder.encode(unit, &mut packed).expect("encode") {
+        let kind = layer
+            .encoder()
+            .expect("an encoder")
+            .encode(unit, &mut packed)
+            .expect("encode");
+        match kind {
             EncodedKind::Packed { len } => {
                 packed.truncate(len);
                 Some(packed)

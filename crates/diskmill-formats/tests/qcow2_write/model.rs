@@ -59,7 +59,9 @@ fn follow(image: &Image, ops: &[Op]) {
             layer = images::open(&disks).expect("open again");
         }
         model
-            .apply(op, &layer, &image.below, image.unit, &|unit| image.pack(unit))
+            .apply(op, &layer, &image.below, image.unit, &|unit| {
+                image.pack(&layer, unit)
+            })
             .unwrap_or_else(|error| panic!("step {step}, {op:?}: {error:?}"));
         model.assert_reads(&layer, &image.below);
     }

@@ -33,7 +33,7 @@ fn threads_write_side_by_side() {
                         let end = (start + unit).min(size);
                         let at = GuestOffset::new(start);
                         let bytes: Vec<u8> = (start..end).map(|at| pattern(1, at)).collect();
-                        match (mix(cluster) % 4, image.pack(&bytes)) {
+                        match (mix(cluster) % 4, image.pack(layer, &bytes)) {
                             (0, Some(packed)) if end - start == unit => {
                                 layer
                                     .write_encoded(at, Stored::Packed(&packed), below)
