@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use diskmill_core::{
-    BackingName, Compression, CreateSpec, Driver, Durability, Finish, GuestOffset, Options, OutputName, Run,
-    StorageMut,
+    BackingName, Compression, CreateSpec, Driver, Durability, EncodedKind, Finish, GuestOffset, Options,
+    OutputName, Run, StorageMut, Stored, Writes,
 };
 use diskmill_formats::qcow2::DRIVER;
 use diskmill_storage::{File, FileOptions, LockPlan, Memory};
@@ -228,6 +228,67 @@ fn data_is_clean_and_identical_at_odd_sizes() {
             prove(&dir, &spec(size, options), &[], options);
             prove(&dir, &compressed(spec(size, options)), &["-c"], options);
         }
+    }
+}
+
+#[test]
+fn a_huge_sparse_disk_is_clean_identical_and_no_larger() {
+    let dir = Scratch::new();
+    let size = 3 << 40;
+    let raw = dir.hole("disk.raw", size);
+    let dots = [0, 1_000_000_000, 1 << 40, 2_999_999_999_000].map(|at| at & !((2 * MIB) - 1));
+    for at in dots {
+        scratch::patch(&raw, at + 4096, b"here");
+    }
+    for (options, packed) in [
+        ("", false),
+        ("", true),
+        ("compat=0.10", false),
+        ("cluster_size=2M,extended_l2=on", false),
+        ("cluster_size=1M,refcount_bits=64", true),
+        ("cluster_size=16k", false),
+    ] {
+        let mut spec = spec(size, options);
+        let mut extra = vec!["-o", if options.is_empty() { "compat=1.1" } else { options }];
+        if packed {
+            spec = compressed(spec);
+            extra.push("-c");
+        }
+        let (mut builder, image) = builder::start(&DRIVER, &spec, &memory);
+        let mut encoder = builder.encoder().unwrap();
+        let unit = builder.unit();
+        let mut placed = 0;
+        for at in dots.map(|at| (at + 4096) & !(unit - 1)) {
+            builder
+                .fill(GuestOffset::new(placed)..GuestOffset::new(at), Run::Zero)
+                .unwrap();
+            let mut data = vec![0; as_len(unit)];
+            let within = as_len((at & !(2 * MIB - 1)) + 4096 - at);
+            data[within..within + 4].copy_from_slice(b"here");
+            let mut scratch = Vec::new();
+            let stored = match encoder.encode(&data, &mut scratch).unwrap() {
+                EncodedKind::Packed { len } => Stored::Packed(&scratch[..len]),
+                _ => Stored::Plain(&data),
+            };
+            let mut writes = Writes::new();
+            builder.place(GuestOffset::new(at), stored, &mut writes).unwrap();
+            writes.perform(&image).unwrap();
+            placed = at + unit;
+        }
+        builder
+            .fill(GuestOffset::new(placed)..GuestOffset::new(size), Run::Zero)
+            .unwrap();
+        builder.finish(Finish::new(Durability::None)).unwrap();
+        let ours = store(&spec, &image, &dir, "ours.qcow2");
+        oracle::assert_clean(&ours, "qcow2");
+        oracle::assert_identical(&raw, "raw", &ours, "qcow2");
+        let theirs = dir.join("theirs.qcow2");
+        oracle::convert(&extra, &raw, "raw", &theirs, "qcow2");
+        let (our_len, their_len) = (scratch::len(&ours), scratch::len(&theirs));
+        assert!(
+            our_len <= their_len,
+            "{options}: {our_len} bytes, QEMU makes {their_len}"
+        );
     }
 }
 

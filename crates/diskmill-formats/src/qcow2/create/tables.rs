@@ -7,8 +7,9 @@
 //! 3  L1 table, then the first L2 table, then data
 //! ```
 //!
-//! The first L2 table is placed before its data, so that a small image ends with data. Later ones, and refcount
-//! blocks, are placed when they are full, many at a time: that leaves data in one piece and makes few, large writes.
+//! An L2 table is placed before its data, so that a file ends with data. Where tables are small and many, only the
+//! first is: later ones wait, as refcount blocks do, until there is a good number of them. That leaves data in one
+//! piece and makes few, large writes.
 
 use diskmill_core::{Error, ErrorKind, FileIndex, Format, GuestOffset, HostOffset, Result, Writes};
 
@@ -20,6 +21,9 @@ use crate::qcow2::options::{CreateError, Plan};
 
 /// Bytes of full tables that wait to be placed together.
 const BATCH: usize = 1 << 20;
+
+/// Clusters from which on an L2 table speaks for so much data that it is worth a place of its own: 64 KiB.
+const LARGE_CLUSTER_BITS: u32 = 16;
 
 /// A table that waits for a place.
 #[derive(Clone, Copy, Debug)]
@@ -50,7 +54,8 @@ pub(super) struct Tables {
     l1_room: u64,
     refcount_table: Vec<u64>,
     current: Option<Current>,
-    started: bool,
+    /// Whether the next L2 table is placed before its data.
+    before_data: bool,
     waiting: Vec<(Owner, Vec<u8>)>,
     /// Where the file ends so far.
     end: HostOffset,
@@ -74,7 +79,7 @@ impl Tables {
             l1_room: l1_clusters.saturating_mul(plan.cluster_bits.cluster_size()),
             refcount_table: Vec::new(),
             current: None,
-            started: false,
+            before_data: true,
             waiting: Vec::new(),
             end: l1_offset.plus(l1_bytes)?,
         })
@@ -270,8 +275,8 @@ impl Tables {
             self.l1_reaches(l1_index.saturating_add(1))?;
             let cluster_bits = self.geometry.cluster_bits();
             let mut at = None;
-            if !self.started {
-                self.started = true;
+            if self.before_data {
+                self.before_data = self.geometry.extended_l2() || cluster_bits.get() >= LARGE_CLUSTER_BITS;
                 let place = self.clusters.take(1)?;
                 self.reaches(place.plus(cluster_bits.cluster_size())?);
                 at = Some(place);
