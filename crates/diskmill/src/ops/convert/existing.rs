@@ -8,11 +8,8 @@ use diskmill_storage::RateLimit;
 use super::lane::{Feed, Lane};
 use super::sink::{Existing, Sink};
 use super::source::{Cut, Scanner, Source};
-use super::{ConvertError, ExistingImage, Plan, Summary, cut, summary, workers};
+use super::{ConvertError, ExistingImage, PAGE, Plan, Summary, cut, summary, workers};
 use crate::open;
-
-/// The step in which formats without one of their own are written.
-const PAGE: u64 = 4096;
 
 /// Writes `source` over an image. What the image has behind the source's end stays.
 pub(super) fn to_image(plan: &Plan, image: &ExistingImage, source: &Source, job: Job<'_>) -> Result<Summary> {

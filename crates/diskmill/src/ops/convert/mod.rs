@@ -115,17 +115,24 @@ pub fn run(plan: &Plan, job: Job<'_>) -> Result<Summary> {
 /// Data bytes of a chunk: few enough to stay in a core's cache between reading and writing, enough for a request.
 const CHUNK: u64 = 512 << 10;
 
+/// The step in which formats without one of their own are written, in bytes.
+const PAGE: u64 = 4096;
+
 /// How a source is cut for a target that takes data in steps of `unit` bytes.
 fn cut(plan: &Plan, unit: u64) -> Cut {
     let step = match plan.compress {
         Some(_) => unit,
-        None => plan.sparse.max(1).next_multiple_of(unit.max(1)),
+        None => plan.sparse.clamp(1, PAGE).next_multiple_of(unit.max(1)),
     };
     Cut {
         step,
         chunk: CHUNK.next_multiple_of(step),
         top_only: false,
         below_end: u64::MAX,
+        shortest: match plan.compress {
+            Some(_) => 0,
+            None => plan.sparse,
+        },
         keep_zeros: plan.sparse == 0,
         offload: plan.offload,
         salvage: plan.salvage,

@@ -135,6 +135,8 @@ pub(crate) struct Cut {
     pub(crate) top_only: bool,
     /// From here on the target's backing image ends, and absent reads as zeros.
     pub(crate) below_end: u64,
+    /// Zeros among data that are fewer bytes than this are data like any other.
+    pub(crate) shortest: u64,
     /// Runs of zeros are data like any other.
     pub(crate) keep_zeros: bool,
     /// Data that lies in plain files as it is becomes [`Segment::Copy`].

@@ -186,18 +186,30 @@ impl<'l, 'a> Worker<'l, 'a> {
                     continue;
                 }
             };
+            let place = |at: u64| offset + to_usize(at - range.start);
             let mut at = range.start;
+            let mut zeros_from = None;
             while at < range.end {
                 let end = (at + step).min(range.end);
-                let from = offset + to_usize(at - range.start);
+                let from = place(at);
                 let bytes = self
                     .buffer
                     .bytes()
                     .get(from..from.saturating_add(to_usize(step)))
                     .ok_or_else(out_of_buffer)?;
                 if !self.lane.cut.keep_zeros && is_zero(bytes) {
-                    push_run(&mut self.placements, at..end, Run::Zero);
-                } else if let Some(encoder) = &mut self.encoder {
+                    zeros_from.get_or_insert(at);
+                    at = end;
+                    continue;
+                }
+                match zeros_from.take() {
+                    Some(start) if start > range.start && at - start < self.lane.cut.shortest => {
+                        push_plain(&mut self.placements, start..at, place(start));
+                    }
+                    Some(start) => push_run(&mut self.placements, start..at, Run::Zero),
+                    None => {}
+                }
+                if let Some(encoder) = &mut self.encoder {
                     if self.scratch.len() == packed {
                         self.scratch.push(Vec::new());
                     }
@@ -216,6 +228,9 @@ impl<'l, 'a> Worker<'l, 'a> {
                     push_plain(&mut self.placements, at..end, from);
                 }
                 at = end;
+            }
+            if let Some(start) = zeros_from {
+                push_run(&mut self.placements, start..at, Run::Zero);
             }
         }
         Ok(())
