@@ -428,24 +428,31 @@ impl Layer for Qcow2Layer {
         if !self.geometry.extended_l2() {
             return Ok((None, max));
         }
-        let into = at.within(self.geometry.cluster_size());
-        let rest = self.geometry.cluster_size().saturating_sub(into).min(max);
-        let entry = match self.table(at)? {
-            Table::None => {
+        let cluster_size = self.geometry.cluster_size();
+        let mut len = 0;
+        while len < max {
+            let next = at.plus(len)?;
+            let Table::Entries(slice, from) = self.table(next)? else {
                 let covers = self.geometry.l1_entry_covers();
-                return Ok((None, covers.saturating_sub(at.within(covers)).min(max)));
+                len = len.saturating_add(covers.saturating_sub(next.within(covers)));
+                continue;
+            };
+            let entries = slice.get(from..).unwrap_or_default();
+            for entry in entries.chunks_exact(self.geometry.entry_len()) {
+                let into = at.saturating_add(len).within(cluster_size);
+                let rest = cluster_size.saturating_sub(into);
+                match first_word(entry).kind(self.geometry)? {
+                    ClusterKind::Normal(_) if len > 0 => return Ok((None, len.min(max))),
+                    ClusterKind::Normal(host) => {
+                        let len = rest.min(max);
+                        let (file, at) = (self.data, host.plus(into)?);
+                        return Ok((Some(HostSpan { file, at, len }), len));
+                    }
+                    _ => len = len.saturating_add(rest),
+                }
             }
-            Table::Entries(slice, from) => first_word(slice.get(from..).unwrap_or_default()),
-        };
-        let span = match entry.kind(self.geometry)? {
-            ClusterKind::Normal(host) => Some(HostSpan {
-                file: self.data,
-                at: host.plus(into)?,
-                len: rest,
-            }),
-            _ => None,
-        };
-        Ok((span, rest))
+        }
+        Ok((None, max))
     }
 }
 

@@ -130,3 +130,25 @@ fn the_first_of_many_differences_is_told() {
         agree(&a, &b, false);
     }
 }
+
+#[test]
+fn empty_images_of_all_layouts() {
+    let scratch = Scratch::new();
+    let mut pictures = Vec::new();
+    for (index, options) in ["", "cluster_size=4k", "extended_l2=on", "compat=0.10"]
+        .into_iter()
+        .enumerate()
+    {
+        let path = scratch.join(format!("{index}.qcow2"));
+        oracle::create(&path, "qcow2", options, "2M");
+        pictures.push(Picture {
+            path,
+            format: "qcow2",
+        });
+    }
+    for a in &pictures {
+        for b in &pictures {
+            assert_eq!(agree(a, b, true), "Images are identical.\n");
+        }
+    }
+}
