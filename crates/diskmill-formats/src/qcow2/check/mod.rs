@@ -280,6 +280,3 @@ impl<'a> Check<'a> {
         Ok(())
     }
 }
-
-#[cfg(test)]
-mod tests;

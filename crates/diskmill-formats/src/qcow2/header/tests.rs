@@ -1,3 +1,4 @@
+use diskmill_core::{Error, ErrorKind};
 use proptest::prelude::*;
 
 use super::super::layout::{EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_DATA_FILE, EXT_ENCRYPTION};
