@@ -68,7 +68,7 @@ pub(crate) struct Fence {
     tables: BTreeMap<u64, (Part, u32)>,
     /// Bytes have been written that metadata must not overtake.
     unsynced: bool,
-    /// A write of the header failed: nobody knows which tables the file names now.
+    /// A switch from old tables to new ones failed half-way.
     adrift: bool,
 }
 
@@ -183,12 +183,19 @@ impl Fence {
             field.copy_from_slice(bytes);
         }
         let written = self.write(Part::Header, 0, &sector);
-        self.adrift |= written.is_err();
+        if written.is_err() {
+            self.set_adrift();
+        }
         written
     }
 
-    /// Whether a write of the header has failed. What is on disk is one of two consistent states; nothing that builds
-    /// on either may be written.
+    /// Notes that nobody knows which tables the file names now.
+    pub(crate) fn set_adrift(&mut self) {
+        self.adrift = true;
+    }
+
+    /// Whether nobody knows which tables the file names. What is on disk is one of two consistent states; nothing that
+    /// builds on either may be written.
     pub(crate) fn is_adrift(&self) -> bool {
         self.adrift
     }

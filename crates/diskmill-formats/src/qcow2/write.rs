@@ -34,7 +34,7 @@ const HEADER_AUTOCLEAR_AT: usize = 88;
 pub(crate) enum WriteError {
     #[error("the image is marked corrupt; it cannot be written before it is repaired")]
     Corrupt,
-    #[error("an earlier write of the header failed; the image must be opened again")]
+    #[error("an earlier change of the header or the refcount table failed; the image must be opened again")]
     Adrift,
     #[error("the image was not closed properly; it cannot be written before it is repaired")]
     Dirty,

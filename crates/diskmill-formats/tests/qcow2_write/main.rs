@@ -1,6 +1,7 @@
 //! Writing qcow2 images in place: against a model of the disk, against QEMU's tools, through power cuts and failures.
 
 mod crash;
+mod hostile;
 mod images;
 mod model;
 mod refuse;

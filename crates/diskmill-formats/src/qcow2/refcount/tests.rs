@@ -195,3 +195,29 @@ fn a_table_of_the_largest_size_does_not_grow() {
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace, "{error:?}");
 }
+
+#[test]
+fn blocks_that_count_nothing_else_are_given_up() {
+    for order in [0, 4, 6] {
+        let (file, mut fence, mut refcounts) = fresh(order);
+        let per_block = CLUSTER * 8 >> order;
+        let mut given = Vec::new();
+        while (given.len() as u64) < per_block * 5 {
+            let (first, count) = refcounts.allocate(&mut fence, 1, 1000).unwrap();
+            given.extend(first..first + count);
+        }
+        let kept = given.remove(7);
+        for cluster in given {
+            refcounts.lower(&mut fence, cluster).unwrap();
+        }
+        save(&mut fence, &mut refcounts);
+        refcounts.drop_empty_blocks(&mut fence).unwrap();
+        assert!(!refcounts.is_dirty());
+        let (mut fence, mut again) = open(&file, order, CLUSTER, 1);
+        assert!(again.table[1..].iter().all(|at| *at == 0), "order {order}");
+        let counts: Vec<u64> = (0..per_block)
+            .filter(|cluster| again.get(&mut fence, *cluster).unwrap() != 0)
+            .collect();
+        assert_eq!(counts, [0, 1, 2, kept]);
+    }
+}

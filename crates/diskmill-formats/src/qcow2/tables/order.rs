@@ -192,6 +192,7 @@ impl Tables {
         if self.fence.file().hints().fixed_len {
             return Ok(());
         }
+        self.refcounts.drop_empty_blocks(&mut self.fence)?;
         let end = self.refcounts.used_end(&mut self.fence)? << self.geometry.cluster_bits().get();
         if end > 0 && end < self.fence.file().len()? {
             self.fence.file().set_len(end)?;
