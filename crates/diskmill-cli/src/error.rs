@@ -95,6 +95,11 @@ impl Failure {
         Self::library(error, Frame::Open(name.to_string_lossy().into_owned()))
     }
 
+    /// The source of a copy cannot be read from byte `at` on.
+    pub fn reading(at: u64, error: Error) -> Self {
+        Self::library(error, Frame::Text(format!("error while reading at byte {at}")))
+    }
+
     /// All has been said; only the exit code is left.
     pub fn said(exit: Exit) -> Self {
         Self {

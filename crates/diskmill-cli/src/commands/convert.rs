@@ -356,6 +356,9 @@ impl ConvertArgs {
         if is_about_the_request(&error) {
             return Failure::from(error);
         }
+        if let ("read", Some(at)) = (op, error.context().guest) {
+            return Failure::reading(at.get(), error);
+        }
         match sources.iter().find(|name| is(name)) {
             Some(name) if opening && !is(target) => Failure::open(name, error),
             _ if opening && self.no_create && is(target) => Failure::open(target, error),

@@ -15,7 +15,7 @@ use diskmill_storage::{File, PipeIn};
 use super::source::Source;
 use super::work::is_zero;
 use super::{ConvertError, Input};
-use crate::open::{self, OpenRequest};
+use crate::open::{self, Image, OpenRequest};
 use crate::spec::ImageSpec;
 
 /// What there is to read.
@@ -28,25 +28,34 @@ pub(super) enum Opened {
 
 /// Opens all inputs.
 pub(super) fn open(inputs: &[Input]) -> Result<Opened> {
-    let mut chains = Vec::new();
+    let mut disks = Vec::new();
     for input in inputs {
         match input {
             Input::Image(request) => {
                 let mut request = (**request).clone();
                 request.hold = true;
-                chains.push(open::image(&request)?.chain);
+                disks.push(named(open::image(&request)?));
             }
             Input::Stdin if inputs.len() > 1 => return Err(ConvertError::StdinNotAlone.usage()),
             Input::Stdin => match stdin_file()? {
-                Some(request) => chains.push(open::image(&request)?.chain),
+                Some(request) => disks.push(named(open::image(&request)?)),
                 None => return Ok(Opened::Stream(PipeIn::stdin()?)),
             },
         }
     }
-    if chains.is_empty() {
+    if disks.is_empty() {
         return Err(ConvertError::NoSource.usage());
     }
-    Ok(Opened::Disks(Source::new(chains)?))
+    Ok(Opened::Disks(Source::new(disks)?))
+}
+
+fn named(image: Image) -> (Chain, Vec<Arc<str>>) {
+    let names = image
+        .nodes
+        .iter()
+        .map(|node| Arc::clone(&node.filename))
+        .collect();
+    (image.chain, names)
 }
 
 /// Standard input as a file, if it is one and nobody has read from it: its size is known then, and its holes.
@@ -100,5 +109,5 @@ pub(super) fn spool(stream: &mut dyn ForwardSource, near: &Path, job: Job<'_>) -
     let layer = driver
         .parse(Arc::clone(&main), &how)?
         .attach(vec![(Role::Main, main)], &how)?;
-    Source::new(vec![Chain::new(vec![layer])])
+    Source::new(vec![(Chain::new(vec![layer]), Vec::new())])
 }

@@ -20,6 +20,8 @@ pub(crate) struct Source {
 struct Part {
     range: Range<u64>,
     chain: Chain,
+    /// What the layers are called.
+    names: Vec<Arc<str>>,
 }
 
 /// Where a run of the source comes from.
@@ -41,11 +43,11 @@ pub(crate) enum Origin {
 }
 
 impl Source {
-    /// The disks of `chains`, in order.
-    pub(crate) fn new(chains: Vec<Chain>) -> Result<Self> {
+    /// These disks, in order, each with the names of its layers.
+    pub(crate) fn new(disks: Vec<(Chain, Vec<Arc<str>>)>) -> Result<Self> {
         let mut parts = Vec::new();
         let mut end: u64 = 0;
-        for chain in chains {
+        for (chain, names) in disks {
             let start = end;
             end = chain
                 .virtual_size()
@@ -53,7 +55,7 @@ impl Source {
                 .and_then(|len| start.checked_add(len))
                 .ok_or_else(|| Error::new(ErrorKind::Usage, "the disks do not fit in 64 bits together"))?;
             let range = start..end;
-            parts.push(Part { range, chain });
+            parts.push(Part { range, chain, names });
         }
         Ok(Self { parts, size: end })
     }
@@ -81,6 +83,16 @@ impl Source {
         let start = self.parts.get(part).map_or(0, |part| part.range.start);
         self.layer(part, depth)?
             .read_at(GuestOffset::new(at - start), buf)
+            .map_err(|error| self.unreadable(error, part, depth, at - start))
+    }
+
+    /// An error of reading a layer, which knows its format but not its name.
+    fn unreadable(&self, error: Error, part: usize, depth: usize, at: u64) -> Error {
+        let error = error.op("read").guest(GuestOffset::new(at));
+        match self.parts.get(part).and_then(|part| part.names.get(depth)) {
+            Some(name) => error.path(&**name),
+            None => error,
+        }
     }
 }
 
@@ -355,7 +367,7 @@ impl<'a> Scanner<'a> {
                 let range = at..at.saturating_add(SECTOR - at % SECTOR).min(part.range.end);
                 return Ok(Piece { range, origin });
             }
-            Err(error) => return Err(error),
+            Err(error) => return Err(self.source.unreadable(error, index, 0, local.get())),
         };
         let mut end = at + len;
         let mut origin = match state {
