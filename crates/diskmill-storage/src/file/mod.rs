@@ -28,6 +28,8 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use diskmill_core::{
     Error, ErrorKind, Hints, HostOffset, HostRun, RawFile, Result, Storage, StorageMut, ZeroHow,
 };
+#[cfg(target_os = "linux")]
+use rustix::fs::ResolveFlags;
 use rustix::fs::{self, FileType, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
@@ -48,6 +50,8 @@ pub struct FileOptions {
     pub lock: LockPlan,
     /// Refuse a block device that is mounted or otherwise in use by the kernel.
     pub exclusive: bool,
+    /// Refuse a path with a symbolic link anywhere in it, as far as the host can (Linux 5.6 and later).
+    pub no_links: bool,
 }
 
 impl FileOptions {
@@ -79,6 +83,13 @@ impl FileOptions {
     #[must_use]
     pub fn exclusive(mut self) -> Self {
         self.exclusive = true;
+        self
+    }
+
+    /// Refusing a path with a symbolic link anywhere in it: what was judged by its path is what is opened.
+    #[must_use]
+    pub fn no_links(mut self) -> Self {
+        self.no_links = true;
         self
     }
 
@@ -175,7 +186,7 @@ impl File {
     fn open_at(path: &Path, options: &FileOptions) -> Result<Self> {
         Kind::of(&fs::stat(path).map_err(IoError::from)?)?;
         let flags = options.flags() | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let fd = retry_on_intr(|| fs::open(path, flags, Mode::empty())).map_err(|errno| match errno {
+        let fd = open_fd(path, flags, options.no_links).map_err(|errno| match errno {
             Errno::INVAL if options.cache.is_direct() => NoDirect::error(),
             _ => IoError::from(errno).into(),
         })?;
@@ -194,7 +205,7 @@ impl File {
         let fd = match kind {
             Kind::Device { .. } if options.exclusive => {
                 let again = options.flags() | OFlags::EXCL;
-                retry_on_intr(|| fs::open(path, again, Mode::empty())).map_err(IoError::from)?
+                open_fd(path, again, options.no_links).map_err(IoError::from)?
             }
             _ => fd,
         };
@@ -397,6 +408,25 @@ impl Drop for File {
             lock::release_all(self.as_fd());
         }
     }
+}
+
+/// Opens `path`; with `no_links` only if no part of it is a symbolic link.
+fn open_fd(path: &Path, flags: OFlags, no_links: bool) -> Result<OwnedFd, Errno> {
+    #[cfg(target_os = "linux")]
+    if no_links {
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        match retry_on_intr(|| fs::openat2(fs::CWD, path, flags, Mode::empty(), resolve)) {
+            // An old kernel, or a sandbox that does not know the call.
+            Err(Errno::NOSYS | Errno::PERM) => {}
+            done => return done,
+        }
+    }
+    let last = if no_links {
+        OFlags::NOFOLLOW
+    } else {
+        OFlags::empty()
+    };
+    retry_on_intr(|| fs::open(path, flags | last, Mode::empty()))
 }
 
 impl AsFd for File {

@@ -401,3 +401,20 @@ fn new_data_is_no_hole_on_ext3() {
     let file = File::open(&path, &FileOptions::read(LockPlan::READ)).unwrap();
     assert!(matches!(file.run_at(at(0)).unwrap(), HostRun::Data(_)));
 }
+
+#[test]
+fn a_path_without_links_is_just_that() {
+    let scratch = Scratch::new();
+    // The temporary folder itself may be behind a link.
+    let dir = scratch.path().canonicalize().unwrap();
+    std::fs::create_dir(dir.join("sub")).unwrap();
+    std::fs::write(dir.join("sub/x"), [0; 512]).unwrap();
+    std::os::unix::fs::symlink("sub", dir.join("link")).unwrap();
+    std::os::unix::fs::symlink("sub/x", dir.join("last")).unwrap();
+    let options = FileOptions::read(LockPlan::NONE);
+    for name in ["sub/x", "link/x", "last"] {
+        assert!(File::open(dir.join(name), &options).is_ok(), "{name}");
+        let plain = File::open(dir.join(name), &options.no_links()).is_ok();
+        assert_eq!(plain, name == "sub/x", "{name}");
+    }
+}

@@ -182,7 +182,9 @@ impl<'a> Opener<'a> {
         }
         let path = resolve_name(from, OsStr::from_bytes(name.as_bytes()));
         let path = policy.permit(self.request.spec.path(), path, name)?;
-        Ok(ImageSpec::from_path(path))
+        let mut spec = ImageSpec::from_path(path);
+        spec.file.judged = *policy != References::Any;
+        Ok(spec)
     }
 
     /// Opens all that `top` is backed by and lets go of it: whether it is there.

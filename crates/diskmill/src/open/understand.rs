@@ -135,6 +135,9 @@ pub(crate) fn open_file(
         Access::Read => FileOptions::read(lock),
     };
     options = options.cache(cache_mode(request.cache, spec));
+    if file.judged {
+        options = options.no_links();
+    }
     let opened = File::open(&file.path, &options)?;
     if file.device && !opened.is_block_device() {
         return Err(Error::new(ErrorKind::Usage, OpenError::NotADevice)

@@ -45,6 +45,8 @@ pub struct FileSpec {
     pub device: bool,
     /// Whether it takes part in locking (`locking=off` says no).
     pub lock: bool,
+    /// Whether its path was judged as it is, so that no part of it may be a symbolic link.
+    pub judged: bool,
 }
 
 /// Options of any image that change how it is opened. `None`: not said.
@@ -158,6 +160,7 @@ impl FileSpec {
             path: path.into(),
             device: false,
             lock: true,
+            judged: false,
         }
     }
 }
