@@ -57,7 +57,7 @@ fn abuse(image: &Image, seed: u64) -> bool {
     for _ in 0..30 {
         state = mix(state);
         let size = layer.virtual_size();
-        let within = size.min(1 << 20).max(1);
+        let within = size.clamp(1, 1 << 20);
         let (start, len) = (mix(state ^ 1) % within, mix(state ^ 2) % 20_000);
         let start = if state.is_multiple_of(11) {
             size.saturating_sub(start)

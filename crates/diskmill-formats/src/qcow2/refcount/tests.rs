@@ -200,7 +200,7 @@ fn a_table_of_the_largest_size_does_not_grow() {
 fn blocks_that_count_nothing_else_are_given_up() {
     for order in [0, 4, 6] {
         let (file, mut fence, mut refcounts) = fresh(order);
-        let per_block = CLUSTER * 8 >> order;
+        let per_block = (CLUSTER * 8) >> order;
         let mut given = Vec::new();
         while (given.len() as u64) < per_block * 5 {
             let (first, count) = refcounts.allocate(&mut fence, 1, 1000).unwrap();
