@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diskmill_core::{Durability, FilesMut, OutputName, OutputSpec, Result, Role, StorageMut};
+use diskmill_core::{Durability, FilesMut, OutputName, OutputSpec, Result, Role, Storage, StorageMut};
 use diskmill_storage::{
     CacheMode, File, FileOptions, InPlace, LockPlan, NotADisk, PipeOut, StageOptions, Staged,
 };
@@ -40,25 +40,30 @@ impl Target {
 
     /// Standard output: from its start if it is an empty file or a block device, else in order.
     pub(crate) fn stdout() -> Result<Self> {
-        let mut target = Self {
-            files: Vec::new(),
-            staged: Vec::new(),
-            pipe: None,
-        };
         let opened = File::open("/dev/stdout", &FileOptions::write(LockPlan::WRITE));
-        let main: Arc<dyn StorageMut> = match opened {
-            Ok(file) if file.is_block_device() || diskmill_core::Storage::len(&file)? == 0 => Arc::new(file),
+        match opened {
+            Ok(file) if file.is_block_device() || file.len()? == 0 => {
+                Ok(Self::in_order(Arc::new(file), None))
+            }
             Err(error) if error.find::<NotADisk>().is_none() && error.find::<io::Error>().is_none() => {
-                return Err(error);
+                Err(error)
             }
-            _ => {
-                let pipe = Arc::new(PipeOut::stdout()?);
-                target.pipe = Some(Arc::clone(&pipe));
-                pipe
-            }
-        };
-        target.files.push((Role::Main, main));
-        Ok(target)
+            _ => Ok(Self::pipe(PipeOut::stdout()?)),
+        }
+    }
+
+    /// A pipe.
+    pub(crate) fn pipe(pipe: PipeOut) -> Self {
+        let pipe = Arc::new(pipe);
+        Self::in_order(Arc::clone(&pipe) as Arc<dyn StorageMut>, Some(pipe))
+    }
+
+    fn in_order(main: Arc<dyn StorageMut>, pipe: Option<Arc<PipeOut>>) -> Self {
+        Self {
+            files: vec![(Role::Main, main)],
+            staged: Vec::new(),
+            pipe,
+        }
     }
 
     /// The files, in the order they were asked for.

@@ -209,6 +209,13 @@ impl Builder for RawBuilder {
         Ok(())
     }
 
+    fn fill(&mut self, range: Range<GuestOffset>, what: Run) -> Result<()> {
+        // There are no tables whose memory steps would bound.
+        let mut writes = Writes::new();
+        self.place_run(range, what, &mut writes)?;
+        writes.perform(&self.files)
+    }
+
     fn reserve<'b>(
         &mut self,
         range: Range<GuestOffset>,

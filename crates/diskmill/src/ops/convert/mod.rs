@@ -12,6 +12,8 @@ mod plan;
 mod salvage;
 mod sink;
 mod source;
+#[cfg(test)]
+mod tests;
 mod work;
 
 use std::num::NonZeroUsize;

@@ -75,17 +75,17 @@ pub(super) fn stream_to_stdout(plan: &Plan, stream: &mut dyn ForwardSource, job:
 }
 
 /// A new image that has been started.
-struct Start {
-    target: Target,
-    builder: Box<dyn Builder>,
+pub(super) struct Start {
+    pub(super) target: Target,
+    pub(super) builder: Box<dyn Builder>,
 }
 
 /// What it is filled with.
-struct Reading<'a> {
-    source: &'a Source,
-    below: Option<&'a Chain>,
-    feed: Feed<'a>,
-    cut: Cut,
+pub(super) struct Reading<'a> {
+    pub(super) source: &'a Source,
+    pub(super) below: Option<&'a Chain>,
+    pub(super) feed: Feed<'a>,
+    pub(super) cut: Cut,
 }
 
 impl Start {
@@ -136,7 +136,12 @@ impl Start {
         Ok(Self { target, builder })
     }
 
-    fn run_stream(self, plan: &Plan, stream: &mut dyn ForwardSource, job: Job<'_>) -> Result<Summary> {
+    pub(super) fn run_stream(
+        self,
+        plan: &Plan,
+        stream: &mut dyn ForwardSource,
+        job: Job<'_>,
+    ) -> Result<Summary> {
         let source = Source::new(Vec::new())?;
         let cut = cut(plan, self.builder.unit());
         let reading = Reading {
@@ -148,7 +153,7 @@ impl Start {
         self.run(plan, reading, job)
     }
 
-    fn run<'a>(self, plan: &Plan, reading: Reading<'a>, job: Job<'a>) -> Result<Summary> {
+    pub(super) fn run<'a>(self, plan: &Plan, reading: Reading<'a>, job: Job<'a>) -> Result<Summary> {
         let Reading {
             source,
             below,
