@@ -44,7 +44,7 @@ fn raw(storage: Arc<dyn Storage>) -> Result<Source> {
     let layer = driver
         .parse(Arc::clone(&storage), &how)?
         .attach(vec![(Role::Main, storage)], &how)?;
-    Source::new(vec![Chain::new(vec![layer])])
+    Source::new(vec![(Chain::new(vec![layer]), Vec::new())])
 }
 
 fn memory(bytes: &[u8]) -> Arc<dyn StorageMut> {
