@@ -85,15 +85,9 @@ fn check() -> Result<(), Failed> {
         "warnings",
     ])
     .run()?;
-    cargo([
-        "doc",
-        "--workspace",
-        "--no-deps",
-        "--document-private-items",
-        "--quiet",
-    ])
-    .env("RUSTDOCFLAGS", "-D warnings")
-    .run()?;
+    cargo(["doc", "--workspace", "--no-deps", "--quiet"])
+        .env("RUSTDOCFLAGS", "-D warnings")
+        .run()?;
     unsafe_blocks::check(&root())
 }
 

@@ -61,7 +61,7 @@ pub trait LayerMut: Layer {
     /// Writes `buf` at `at`.
     fn write_at(&self, at: GuestOffset, buf: &[u8], below: &Chain) -> Result<()>;
 
-    /// Stores whole units as an [`Encoder`](crate::Encoder) made them, in place of what they were.
+    /// Stores whole units as an [`Encoder`] made them, in place of what they were.
     fn write_encoded(&self, at: GuestOffset, unit: Stored<'_>, below: &Chain) -> Result<()>;
 
     /// An encoder of what [`write_encoded`](Self::write_encoded) takes. An error of kind
