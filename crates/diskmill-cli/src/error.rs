@@ -127,6 +127,16 @@ impl Failure {
         self
     }
 
+    /// The same failure, naming a file if no inner call has done so.
+    #[must_use]
+    pub fn path(mut self, path: &OsStr) -> Self {
+        if let Cause::Library { error, frame } = self.cause {
+            let error = error.path(path);
+            self.cause = Cause::Library { error, frame };
+        }
+        self
+    }
+
     /// The exit code.
     pub fn exit(&self) -> Exit {
         self.exit

@@ -168,24 +168,26 @@ fn to_json(verdict: Verdict) -> Json {
     Json::ordered(pairs)
 }
 
+/// Names the image and the place.
 fn failed(error: Error, first: &OsString, second: &OsString) -> Failure {
-    let name = |side: Side| match side {
-        Side::First => first.to_string_lossy(),
-        Side::Second => second.to_string_lossy(),
+    let (side, offset, source, what, exit) = match error.find::<CompareError>() {
+        Some(CompareError::Map { side, offset, source }) => {
+            (side, offset, source, "the map at offset", Exit::COMPARE_MAP)
+        }
+        Some(CompareError::Read { side, offset, source }) => {
+            (side, offset, source, "offset", Exit::COMPARE_READ)
+        }
+        _ => return Failure::from(error).exit_with(Exit::COMPARE_READ),
     };
-    let (frame, exit) = match error.find::<CompareError>() {
-        Some(CompareError::Map { side, offset, .. }) => (
-            Frame::Text(format!(
-                "Error while reading the map of {} at offset {offset}",
-                name(*side)
-            )),
-            Exit::COMPARE_MAP,
-        ),
-        Some(CompareError::Read { side, offset, .. }) => (
-            Frame::Text(format!("Error while reading offset {offset} of {}", name(*side))),
-            Exit::COMPARE_READ,
-        ),
-        _ => (Frame::Plain, Exit::COMPARE_READ),
+    let name = match side {
+        Side::First => first,
+        Side::Second => second,
     };
-    Failure::library(error, frame).exit_with(exit)
+    // The layer that failed knows the place better than the one who asked for a whole chunk.
+    let at = source.context().guest.map_or(*offset, |at| at.get());
+    let frame = Frame::Text(format!(
+        "Error while reading {what} {at} of {}",
+        name.to_string_lossy()
+    ));
+    Failure::library(error.op("read").path(name), frame).exit_with(exit)
 }

@@ -52,7 +52,7 @@ impl Run for MapArgs {
         let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
         let mut printer = Printer::new(ui, json);
         let walked = walk(&image, start, max, &mut |entry| printer.entry(&entry));
-        printer.end(start, walked)?;
+        printer.end(start, walked.map_err(|error| error.op("map").path(name)))?;
         Ok(Exit::OK)
     }
 }

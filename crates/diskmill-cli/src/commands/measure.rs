@@ -67,7 +67,8 @@ impl Run for MeasureArgs {
                 let mut request = self.look.request(ui, name, None)?;
                 request.snapshot = self.snapshot.as_deref().map(keyval::snapshot).transpose()?;
                 let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
-                self.measure(format, Measured::Image(&image))?
+                self.measure(format, Measured::Image(&image))
+                    .map_err(|failure| failure.path(name))?
             }
         };
         ui.print(if json {

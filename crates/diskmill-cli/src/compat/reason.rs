@@ -96,7 +96,8 @@ fn io_text(error: &Error, io: &io::Error, name: Option<&str>) -> String {
         (Some("open") | None, Some(path)) => format!("Could not open '{path}': {os}"),
         (Some("create"), Some(path)) => format!("Could not create '{path}': {os}"),
         (Some("resize"), _) => format!("Could not resize file: {os}"),
-        (Some(op), _) => format!("Could not {op}: {os}"),
+        (Some(op), Some(path)) => format!("Could not {op} '{path}': {os}"),
+        (Some(op), None) => format!("Could not {op}: {os}"),
         (None, None) => os,
     }
 }

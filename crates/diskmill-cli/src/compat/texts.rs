@@ -1,5 +1,6 @@
 //! The words of `qemu-img` for what operations refuse: scripts look for some of them.
 
+use diskmill::ops::compare::CompareError;
 use diskmill::ops::convert::ConvertError;
 use diskmill::ops::create::CreateError;
 use diskmill::ops::resize::{Preallocation, ResizeError};
@@ -10,6 +11,9 @@ use super::reason::{capital, text};
 
 /// Texts that scripts look for, from the typed errors of operations.
 pub fn of(error: &Error) -> Option<String> {
+    if let Some(CompareError::Map { source, .. } | CompareError::Read { source, .. }) = error.find() {
+        return Some(text(source, None));
+    }
     if let Some(create) = error.find::<CreateError>() {
         return Some(create_text(create));
     }

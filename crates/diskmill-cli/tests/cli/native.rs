@@ -318,3 +318,31 @@ fn the_demo_verifies_and_cleans_up() {
         hash::sha256_file(kept.join("back.raw"))
     );
 }
+
+/// A damaged image is named, with the place and the reason, by every command that reads it.
+#[test]
+fn damage_is_named_with_file_place_and_reason() {
+    let twins = Twins::new();
+    let path = twins.ours.join("packed.qcow2");
+    let bytes = std::fs::read(&path).unwrap();
+    let number = |at: u64| {
+        let at = usize::try_from(at).unwrap();
+        u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
+    };
+    let l2 = number(number(40)) & 0x00ff_ffff_ffff_fe00;
+    let host = number(l2 + 8) & 0x003f_ffff_ffff_ffff;
+    diskmill_testkit::scratch::patch(&path, host, &[0xff; 32]);
+    for (line, code) in [("convert packed.qcow2 o", 1), ("compare packed.qcow2 a.qcow2", 4)] {
+        let done = diskmill(twins.ours.path()).words(line).finish().expect(code);
+        for word in ["cannot read 'packed.qcow2'", "guest offset 65536", "deflate"] {
+            assert!(done.err().contains(word), "no {word}: {done}");
+        }
+        let done = crate::ours(twins.ours.path()).words(line).finish().expect(code);
+        assert!(done.err().starts_with("qemu-img: "), "{done}");
+        assert!(done.err().contains("65536"), "{done}");
+        assert!(
+            done.err().to_lowercase().contains("error while reading"),
+            "{done}"
+        );
+    }
+}

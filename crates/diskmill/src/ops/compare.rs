@@ -1,5 +1,6 @@
 //! Whether two disks hold the same.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -18,6 +19,15 @@ pub enum Side {
     First,
     /// The second.
     Second,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::First => "first",
+            Self::Second => "second",
+        })
+    }
 }
 
 /// What a comparison found.
@@ -54,7 +64,7 @@ pub enum Difference {
 #[non_exhaustive]
 pub enum CompareError {
     /// The map of a disk could not be read (exit code 3 of `qemu-img`).
-    #[error("cannot tell what is allocated at offset {offset} of the {side:?} image")]
+    #[error("cannot tell what is allocated at offset {offset} of the {side} image")]
     Map {
         /// Of which disk.
         side: Side,
@@ -65,7 +75,7 @@ pub enum CompareError {
         source: Error,
     },
     /// Bytes of a disk could not be read (exit code 4 of `qemu-img`).
-    #[error("cannot read offset {offset} of the {side:?} image")]
+    #[error("cannot read offset {offset} of the {side} image")]
     Read {
         /// Of which disk.
         side: Side,
