@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::{
-    Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, GuestOffset, HostSpan, Result, Storage,
-    Stored, ZeroHow,
+    Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, GuestOffset, HostSpan, Result, Snapshots,
+    Storage, Stored, ZeroHow,
 };
 
 /// One image, open for reading. It answers for itself alone: what is absent is for the [`Chain`] to ask below.
@@ -93,6 +93,11 @@ pub trait LayerMut: Layer {
             ErrorKind::Unsupported,
             "the format cannot take room ahead of data",
         ))
+    }
+
+    /// Its internal snapshots, if the format has them.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
     }
 
     /// Returns when all that was written is durable and reachable.

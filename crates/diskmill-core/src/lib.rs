@@ -22,6 +22,7 @@ mod limits;
 mod options;
 mod progress;
 mod report;
+mod snapshots;
 mod storage;
 mod units;
 
@@ -39,5 +40,6 @@ pub use limits::Limits;
 pub use options::{OptionError, OptionKind, OptionSpec, Options, parse_size};
 pub use progress::{Job, Observer, Silent};
 pub use report::{CheckReport, Finding, FindingKind, Repair};
+pub use snapshots::{NewSnapshot, Snapshots};
 pub use storage::{ForwardSource, Hints, HostRun, RawFile, Storage, StorageMut, ZeroHow};
 pub use units::{Format, GuestOffset, HostOffset, SECTOR};

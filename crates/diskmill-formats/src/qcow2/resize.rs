@@ -35,7 +35,7 @@ impl Image {
         if size.checked_next_multiple_of(SECTOR) == Some(old) {
             return Ok(());
         }
-        if self.has_snapshots && self.geometry.version() == Version::V2 {
+        if !self.snapshot_facts().is_empty() && self.geometry.version() == Version::V2 {
             return Err(refuse(ResizeError::OldSnapshots));
         }
         if self.has_bitmaps {

@@ -29,6 +29,8 @@ use super::map::{Geometry, L1Entry};
 use super::refcount::Refcounts;
 use super::slot::{Place, Slot};
 
+mod tree;
+
 /// Bytes of L2 tables kept in memory, unless that is less than [`MIN_TABLES`].
 const CACHE_BYTES: u64 = 8 << 20;
 const MIN_TABLES: usize = 4;
@@ -71,6 +73,17 @@ struct Table {
     words: Vec<u64>,
     dirty: Range<usize>,
     used: u64,
+}
+
+impl Table {
+    /// Notes that `words` were changed.
+    fn mark(&mut self, words: Range<usize>) {
+        self.dirty = if self.dirty.is_empty() {
+            words
+        } else {
+            self.dirty.start.min(words.start)..self.dirty.end.max(words.end)
+        };
+    }
 }
 
 /// The tables of an image.
@@ -286,11 +299,7 @@ impl Tables {
                 *word = value;
             }
         }
-        table.dirty = if table.dirty.is_empty() {
-            index..end
-        } else {
-            table.dirty.start.min(index)..table.dirty.end.max(end)
-        };
+        table.mark(index..end);
         Ok(())
     }
 

@@ -10,18 +10,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
     Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format, GuestOffset,
-    HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, State as RunState, Storage,
+    HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, SnapshotFacts, Snapshots, State as RunState, Storage,
     StorageMut, Stored, ZeroHow,
 };
 
 use super::bitmap;
-use super::fence::Part;
 use super::flight::{Flights, Hold};
 use super::header::{Autoclear, Header, Incompatible, Version};
 use super::layer::{Decoders, data_index};
 use super::map::{CompressedSpan, Geometry};
 use super::slot::{Place, Slot};
 use super::snapshot;
+use super::snapshot::write::SnapshotTable;
 use super::tables::{Reclaim, Tables, past_end};
 
 /// Where the header keeps its incompatible features.
@@ -61,6 +61,7 @@ pub(super) fn refuse(kind: ErrorKind, error: WriteError) -> Error {
 #[derive(Debug)]
 struct State {
     tables: Tables,
+    snapshots: SnapshotTable,
     incompatible: Incompatible,
 }
 
@@ -74,7 +75,6 @@ pub(crate) struct Image {
     pub(super) backed: bool,
     /// Whether the external data file is a raw image on its own.
     pub(super) raw_data_file: bool,
-    pub(super) has_snapshots: bool,
     pub(super) has_bitmaps: bool,
     pub(super) unmap: bool,
     readable: Vec<Arc<dyn Storage>>,
@@ -135,15 +135,13 @@ impl Image {
             }
         }
         let mut tables = Tables::load(header, main, data_file, how.unmap)?;
-        if !snapshots.is_empty() {
-            let table = header.snapshots_offset.get()..snapshots_end.get();
-            tables.fence.protect(table, Part::SnapshotTable);
-        }
-        for snapshot in &snapshots {
-            let at = snapshot.l1_table_offset.get();
-            let end = at.saturating_add(u64::from(snapshot.l1_size) * 8);
-            tables.fence.protect(at..end, Part::InactiveL1);
-        }
+        let table_at = header.snapshots_offset;
+        let bytes = if snapshots.is_empty() {
+            0
+        } else {
+            snapshots_end.since(table_at)
+        };
+        let snapshots = SnapshotTable::load(&mut tables, snapshots, table_at, bytes);
         let known = header.autoclear.bits() & !header.autoclear.unknown().bits();
         if known != header.autoclear.bits() {
             tables.write_header(HEADER_AUTOCLEAR_AT, &known.to_be_bytes())?;
@@ -158,14 +156,17 @@ impl Image {
             decoders: Decoders::new(header.compression_type, geometry),
             backed: header.backing_name.is_some(),
             raw_data_file: geometry.data_file() && header.autoclear.has(Autoclear::RAW_DATA_FILE),
-            has_snapshots: header.nb_snapshots > 0,
             has_bitmaps,
             unmap: how.unmap,
             readable,
             data,
             data_index,
             size: AtomicU64::new(header.virtual_size()),
-            state: Mutex::new(State { tables, incompatible }),
+            state: Mutex::new(State {
+                tables,
+                snapshots,
+                incompatible,
+            }),
             flights: Flights::default(),
         })
     }
@@ -178,11 +179,21 @@ impl Image {
 
     /// Looks at the tables. Contradictions found mark the image as corrupt.
     pub(super) fn look<T>(&self, look: impl FnOnce(&mut Tables) -> Result<T>) -> Result<T> {
-        self.noticing(&mut self.lock(), look)
+        let mut state = self.lock();
+        let result = look(&mut state.tables);
+        self.notice(&mut state, result)
     }
 
     /// Changes the tables, unless the image is corrupt. Contradictions found mark it as corrupt.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Tables) -> Result<T>) -> Result<T> {
+        self.change_all(|tables, _| change(tables))
+    }
+
+    /// Changes the tables and the snapshot table, unless the image is corrupt.
+    pub(super) fn change_all<T>(
+        &self,
+        change: impl FnOnce(&mut Tables, &mut SnapshotTable) -> Result<T>,
+    ) -> Result<T> {
         let mut state = self.lock();
         if state.incompatible.has(Incompatible::CORRUPT) {
             return Err(refuse(ErrorKind::Corrupt, WriteError::Corrupt));
@@ -190,11 +201,26 @@ impl Image {
         if state.tables.fence.is_adrift() {
             return Err(refuse(ErrorKind::Io, WriteError::Adrift));
         }
-        self.noticing(&mut state, change)
+        let State {
+            tables, snapshots, ..
+        } = &mut *state;
+        let result = change(tables, snapshots);
+        self.notice(&mut state, result)
     }
 
-    fn noticing<T>(&self, state: &mut State, work: impl FnOnce(&mut Tables) -> Result<T>) -> Result<T> {
-        let result = work(&mut state.tables);
+    /// The internal snapshots.
+    pub(super) fn snapshot_facts(&self) -> Vec<SnapshotFacts> {
+        let state = self.lock();
+        state
+            .snapshots
+            .entries
+            .iter()
+            .map(|snapshot| snapshot.facts.clone())
+            .collect()
+    }
+
+    /// Marks the image as corrupt if `result` says that it contradicts itself.
+    fn notice<T>(&self, state: &mut State, result: Result<T>) -> Result<T> {
         if let Err(error) = &result
             && error.kind() == ErrorKind::Corrupt
         {
@@ -512,6 +538,10 @@ impl LayerMut for Image {
         }
         let _flight = self.flights.hold(self.clusters(&range), Hold::Alone);
         self.reserve_held(range, how)
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
     }
 
     fn flush(&self) -> Result<()> {

@@ -2,8 +2,10 @@
 
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
+pub(super) mod write;
+
 use diskmill_core::{Error, ErrorKind, Format, HostOffset, Limits, Result, SnapshotFacts, Storage};
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, IntoBytes, big_endian};
 
 use super::header::{Header, Version};
 use super::layout::{RawSnapshot, RawSnapshotExtra, SNAPSHOT_EXTRA_MAX, SNAPSHOT_TABLE_BYTES_MAX};
@@ -16,6 +18,10 @@ pub struct Snapshot {
     pub l1_table_offset: HostOffset,
     /// Entries of its L1 table, as stored: not checked.
     pub l1_size: u32,
+    /// Its id, as stored: in theory any bytes.
+    pub id: Vec<u8>,
+    /// Its name, as stored: in theory any bytes.
+    pub name: Vec<u8>,
     /// What people see of it.
     pub facts: SnapshotFacts,
     /// Its extra data, known and unknown.
@@ -47,6 +53,9 @@ pub enum SnapshotError {
         /// How many there may be.
         limit: u32,
     },
+    /// There is no such snapshot.
+    #[error("there is no snapshot with id or name '{0}'")]
+    NotFound(String),
     /// More extra data than is allowed.
     #[error("snapshot {index} has {len} bytes of extra data, must be {low} to 1024")]
     Extra {
@@ -167,9 +176,59 @@ fn read_entry(
     Ok(Some(Snapshot {
         l1_table_offset: HostOffset::new(raw.l1_table_offset.get()),
         l1_size: raw.l1_size.get(),
+        id,
+        name,
         facts,
         extra,
     }))
+}
+
+/// The one of `snapshots` with id `which`, or else with that name.
+pub fn find<'a>(snapshots: &'a [Snapshot], which: &str) -> Result<(usize, &'a Snapshot)> {
+    let position = |same: &dyn Fn(&Snapshot) -> bool| snapshots.iter().position(same);
+    position(&|snapshot| snapshot.id == which.as_bytes())
+        .or_else(|| position(&|snapshot| snapshot.name == which.as_bytes()))
+        .and_then(|index| Some((index, snapshots.get(index)?)))
+        .ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, SnapshotError::NotFound(which.to_owned())).format(Format::Qcow2)
+        })
+}
+
+impl Snapshot {
+    /// Its entry of the table, padded.
+    fn to_bytes(&self) -> Vec<u8> {
+        let facts = &self.facts;
+        // More than 32 bits of machine state, and dates past 2106, do not fit the old fields.
+        let narrow = |value: u64| big_endian::U32::new(u32::try_from(value).unwrap_or(0));
+        let short = |bytes: &[u8]| big_endian::U16::new(u16::try_from(bytes.len()).unwrap_or(u16::MAX));
+        let raw = RawSnapshot {
+            l1_table_offset: self.l1_table_offset.get().into(),
+            l1_size: self.l1_size.into(),
+            id_len: short(&self.id),
+            name_len: short(&self.name),
+            date_sec: narrow(facts.date_sec),
+            date_nsec: facts.date_nsec.into(),
+            vm_clock_nsec: facts.vm_clock_nsec.into(),
+            vm_state_size: narrow(facts.vm_state_size),
+            extra_len: narrow(self.extra.len() as u64),
+        };
+        let mut bytes = [raw.as_bytes(), &self.extra, &self.id, &self.name].concat();
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        bytes
+    }
+
+    /// Its extra data with what version 3 wants to be there, and whatever else there was.
+    fn complete_extra(&mut self) {
+        let known = RawSnapshotExtra {
+            vm_state_size: self.facts.vm_state_size.into(),
+            disk_size: self.facts.disk_size.into(),
+            icount: self.facts.icount.unwrap_or(u64::MAX).into(),
+        };
+        let known = known.as_bytes();
+        if let Some(missing) = known.get(self.extra.len()..) {
+            self.extra.extend_from_slice(missing);
+        }
+    }
 }
 
 /// Reads a table whose entries have no fixed length, a piece at a time.

@@ -1,0 +1,267 @@
+//! Making, applying and deleting snapshots.
+//!
+//! A snapshot is a copy of the L1 table; everything it refers to is counted once more. In each operation the header is
+//! switched in one write, after all that it points to is durable and before anything it no longer points to is given
+//! back, so that a power cut in between leaks at worst. (It may also leave COPIED flags that are too cautious or, while
+//! a count is still too high, too bold: both are harmless, and a check tells them.)
+
+use std::sync::atomic::Ordering;
+
+use diskmill_core::{Error, ErrorKind, Format, HostOffset, NewSnapshot, Result, SnapshotFacts, Snapshots};
+
+use super::super::fence::Part;
+use super::super::flight::Hold;
+use super::super::layout::{SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX};
+use super::super::map::L1Entry;
+use super::super::tables::Tables;
+use super::super::write::Image;
+use super::{Snapshot, find};
+
+/// Where the header keeps the number of snapshots (4 bytes) and, behind it, the offset of their table (8 bytes).
+const HEADER_SNAPSHOTS_AT: u64 = 60;
+/// The longest name that QEMU's structures hold.
+const NAME_MAX: usize = 255;
+
+/// Why there can be no such snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum SnapshotWriteError {
+    #[error("internal snapshots are not supported with an external data file")]
+    DataFile,
+    #[error("the name of the snapshot has {0} bytes, must have 1 to 255")]
+    Name(usize),
+    #[error("there are {0} snapshots, must be at most 65536")]
+    TooMany(usize),
+    #[error("the snapshot table would have {0} bytes, must have at most 67108864")]
+    TableTooLong(usize),
+    #[error(
+        "snapshot '{id}' has a disk of {disk_size} bytes: not a size that can be applied to a disk of {size}"
+    )]
+    DiskSize { id: String, disk_size: u64, size: u64 },
+}
+
+fn refuse(error: SnapshotWriteError) -> Error {
+    Error::new(ErrorKind::Unsupported, error).format(Format::Qcow2)
+}
+
+/// The snapshot table of an image that is being written.
+#[derive(Debug)]
+pub(crate) struct SnapshotTable {
+    pub(crate) entries: Vec<Snapshot>,
+    at: HostOffset,
+    bytes: u64,
+}
+
+impl SnapshotTable {
+    /// The table that was read from `at` and takes `bytes` there; protects it and the L1 tables it names.
+    pub(crate) fn load(tables: &mut Tables, entries: Vec<Snapshot>, at: HostOffset, bytes: u64) -> Self {
+        tables
+            .fence
+            .protect(at.get()..at.get().saturating_add(bytes), Part::SnapshotTable);
+        for snapshot in &entries {
+            let at = snapshot.l1_table_offset.get();
+            let end = at.saturating_add(u64::from(snapshot.l1_size) * 8);
+            tables.fence.protect(at..end, Part::InactiveL1);
+        }
+        Self { entries, at, bytes }
+    }
+
+    /// Puts `entries` in the table's place. When this returns they are durable, and the old table's clusters free.
+    fn replace(&mut self, tables: &mut Tables, mut entries: Vec<Snapshot>) -> Result<()> {
+        let bits = tables.geometry.cluster_bits().get();
+        let cluster = tables.geometry.cluster_size();
+        entries.iter_mut().for_each(Snapshot::complete_extra);
+        let mut raw: Vec<u8> = entries.iter().flat_map(Snapshot::to_bytes).collect();
+        if entries.len() as u64 > u64::from(SNAPSHOTS_MAX) {
+            return Err(refuse(SnapshotWriteError::TooMany(entries.len())));
+        }
+        if raw.len() as u64 > SNAPSHOT_TABLE_BYTES_MAX {
+            return Err(refuse(SnapshotWriteError::TableTooLong(raw.len())));
+        }
+        let bytes = raw.len() as u64;
+        let clusters = bytes.div_ceil(cluster);
+        let at = if entries.is_empty() {
+            0
+        } else {
+            let (first, _) = tables.allocate(clusters, clusters)?;
+            raw.resize(usize::try_from(clusters * cluster).unwrap_or(0), 0);
+            if let Err(error) = tables.fence.write(Part::SnapshotTable, first << bits, &raw) {
+                // The write is what the caller must hear of; what cannot be given back leaks.
+                let _ = tables.release(first, clusters);
+                return Err(error);
+            }
+            first << bits
+        };
+        tables.write_back(true)?;
+        let mut pointer = [0; 12];
+        let (count, place) = pointer.split_at_mut(4);
+        count.copy_from_slice(&u32::try_from(entries.len()).unwrap_or(u32::MAX).to_be_bytes());
+        place.copy_from_slice(&at.to_be_bytes());
+        tables.write_header(HEADER_SNAPSHOTS_AT, &pointer)?;
+
+        let old = (self.at.get() >> bits, self.bytes.div_ceil(cluster));
+        tables.fence.unprotect(self.at.get());
+        if bytes > 0 {
+            tables.fence.protect(at..at + bytes, Part::SnapshotTable);
+        }
+        *self = Self {
+            entries,
+            at: HostOffset::new(at),
+            bytes,
+        };
+        tables.release(old.0, old.1)?;
+        tables.write_back(true)
+    }
+}
+
+impl Image {
+    fn snapshot_of(
+        &self,
+        table: &SnapshotTable,
+        l1: HostOffset,
+        l1_size: u32,
+        new: &NewSnapshot,
+    ) -> Snapshot {
+        let last = table
+            .entries
+            .iter()
+            .filter_map(|snapshot| snapshot.facts.id.parse::<u64>().ok())
+            .max();
+        let id = last.unwrap_or(0).saturating_add(1).to_string();
+        Snapshot {
+            l1_table_offset: l1,
+            l1_size,
+            id: id.clone().into_bytes(),
+            name: new.name.clone().into_bytes(),
+            facts: SnapshotFacts {
+                id,
+                name: new.name.clone(),
+                vm_state_size: 0,
+                date_sec: new.date_sec,
+                date_nsec: new.date_nsec,
+                vm_clock_nsec: 0,
+                // What qemu-img writes for a snapshot without a machine.
+                icount: Some(0),
+                disk_size: self.size.load(Ordering::Acquire),
+            },
+            extra: Vec::new(),
+        }
+    }
+
+    fn create_snapshot(
+        &self,
+        tables: &mut Tables,
+        table: &mut SnapshotTable,
+        new: &NewSnapshot,
+    ) -> Result<SnapshotFacts> {
+        tables.flush()?;
+        let l1: Vec<L1Entry> = tables.l1().to_vec();
+        tables.raise_tree(&l1)?;
+        let made = tables.write_new_l1(&l1).and_then(|at| {
+            tables.refresh_copied()?;
+            tables.write_back(true)?;
+            let l1_size = u32::try_from(l1.len()).unwrap_or(u32::MAX);
+            let snapshot = self.snapshot_of(table, at, l1_size, new);
+            let facts = snapshot.facts.clone();
+            let mut entries = table.entries.clone();
+            entries.push(snapshot);
+            let replaced = table.replace(tables, entries);
+            let bytes = u64::from(l1_size) * 8;
+            match replaced {
+                Ok(()) => tables.fence.protect(at.get()..at.get() + bytes, Part::InactiveL1),
+                Err(error) => {
+                    let bits = tables.geometry.cluster_bits().get();
+                    let clusters = bytes.div_ceil(tables.geometry.cluster_size());
+                    // As above: the first error counts.
+                    let _ = tables.release(at.get() >> bits, clusters);
+                    return Err(error);
+                }
+            }
+            Ok(facts)
+        });
+        if made.is_err() {
+            // Nothing names the copy. Should this fail as well, the counts stay too high: a leak.
+            let _ = tables
+                .drop_tree(&l1)
+                .and_then(|()| tables.refresh_copied())
+                .and_then(|()| tables.write_back(true));
+        }
+        let facts = made?;
+        // Machine state behind the end of the disk is the snapshot's alone: in the active state it would only be copied.
+        let size = self.size.load(Ordering::Acquire);
+        self.drop_beyond(tables, size)?;
+        Ok(facts)
+    }
+
+    /// Takes out of the active state what lies past a disk of `size` bytes.
+    fn drop_beyond(&self, tables: &mut Tables, size: u64) -> Result<()> {
+        for index in self.geometry.l1_entries(size)..tables.l1_len() {
+            tables.drop_table(self.geometry.l1_start(index), super::super::tables::Reclaim::Keep)?;
+        }
+        tables.write_back(true)
+    }
+
+    fn apply_snapshot(&self, tables: &mut Tables, table: &SnapshotTable, which: &str) -> Result<()> {
+        let (_, snapshot) = find(&table.entries, which)?;
+        let disk_size = snapshot.facts.disk_size;
+        let size = self.size.load(Ordering::Acquire);
+        let fits = i64::try_from(disk_size).is_ok() && disk_size.is_multiple_of(diskmill_core::SECTOR);
+        if !fits || (disk_size != size && self.has_bitmaps) {
+            let id = snapshot.facts.id.clone();
+            return Err(refuse(SnapshotWriteError::DiskSize { id, disk_size, size }));
+        }
+        let needed = self.geometry.l1_entries(disk_size);
+        let l1 = tables.read_l1(snapshot.l1_table_offset, snapshot.l1_size, needed)?;
+        tables.flush()?;
+        tables.raise_tree(&l1)?;
+        // If this fails the header may or may not have been switched: counts that are too high are safe with either.
+        let old = tables.switch_l1(l1, disk_size)?;
+        self.size.store(disk_size, Ordering::Release);
+        tables.drop_tree(&old)?;
+        tables.refresh_copied()?;
+        tables.write_back(true)
+    }
+
+    fn delete_snapshot(&self, tables: &mut Tables, table: &mut SnapshotTable, which: &str) -> Result<()> {
+        let (index, snapshot) = find(&table.entries, which)?;
+        let (at, l1_size) = (snapshot.l1_table_offset, snapshot.l1_size);
+        let l1 = tables.read_l1(at, l1_size, 0)?;
+        tables.flush()?;
+        let mut entries = table.entries.clone();
+        entries.remove(index);
+        table.replace(tables, entries)?;
+        tables.fence.unprotect(at.get());
+        tables.drop_tree(&l1)?;
+        let clusters = (u64::from(l1_size) * 8).div_ceil(tables.geometry.cluster_size());
+        tables.release(at.get() >> tables.geometry.cluster_bits().get(), clusters)?;
+        tables.write_back(true)?;
+        tables.refresh_copied()?;
+        tables.write_back(true)
+    }
+}
+
+impl Snapshots for Image {
+    fn list(&self) -> Vec<SnapshotFacts> {
+        self.snapshot_facts()
+    }
+
+    fn create(&self, new: &NewSnapshot) -> Result<SnapshotFacts> {
+        if self.geometry.data_file() {
+            return Err(refuse(SnapshotWriteError::DataFile));
+        }
+        if !(1..=NAME_MAX).contains(&new.name.len()) {
+            return Err(refuse(SnapshotWriteError::Name(new.name.len())));
+        }
+        let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
+        self.change_all(|tables, table| self.create_snapshot(tables, table, new))
+    }
+
+    fn apply(&self, which: &str) -> Result<()> {
+        let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
+        self.change_all(|tables, table| self.apply_snapshot(tables, table, which))
+    }
+
+    fn delete(&self, which: &str) -> Result<()> {
+        let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
+        self.change_all(|tables, table| self.delete_snapshot(tables, table, which))
+    }
+}
