@@ -121,7 +121,7 @@ fn to_json(info: &ImageInfo, ui: &Ui) -> Json {
     Json::object(pairs)
 }
 
-fn snapshot_json(snapshot: &SnapshotFacts) -> Json {
+pub(super) fn snapshot_json(snapshot: &SnapshotFacts) -> Json {
     let mut pairs = vec![
         ("id", Json::text(&snapshot.id)),
         ("name", Json::text(&snapshot.name)),
@@ -198,7 +198,7 @@ fn to_text(info: &ImageInfo, ui: &Ui) -> String {
             out.line(0, format_args!("backing file format: {}", ui.name(format)));
         }
     }
-    snapshot_table(&mut out, info, ui);
+    out.0.push_str(&snapshot_table(&info.snapshots, ui));
     specific(&mut out, 0, info, ui);
     for child in &info.children {
         let node = &child.info;
@@ -233,9 +233,11 @@ fn disk_size(info: &ImageInfo) -> String {
     info.actual_size.map_or_else(|| "unavailable".to_owned(), human)
 }
 
-fn snapshot_table(out: &mut Text, info: &ImageInfo, ui: &Ui) {
-    if info.snapshots.is_empty() {
-        return;
+/// The table of snapshots, or nothing if there are none.
+pub(super) fn snapshot_table(snapshots: &[SnapshotFacts], ui: &Ui) -> String {
+    let mut out = Text(String::new());
+    if snapshots.is_empty() {
+        return out.0;
     }
     out.line(0, format_args!("Snapshot list:"));
     let row = |out: &mut Text, [id, tag, size, date, clock, icount]: [&str; 6]| {
@@ -244,10 +246,10 @@ fn snapshot_table(out: &mut Text, info: &ImageInfo, ui: &Ui) {
             format_args!("{id:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {icount:>10}"),
         );
     };
-    row(out, ["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]);
-    for snapshot in &info.snapshots {
+    row(&mut out, ["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]);
+    for snapshot in snapshots {
         row(
-            out,
+            &mut out,
             [
                 &ui.name(&snapshot.id),
                 &ui.name(&snapshot.name),
@@ -258,6 +260,7 @@ fn snapshot_table(out: &mut Text, info: &ImageInfo, ui: &Ui) {
             ],
         );
     }
+    out.0
 }
 
 /// The lines of `format-specific`; none at all if there is nothing in it.

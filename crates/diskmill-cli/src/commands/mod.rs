@@ -28,6 +28,7 @@ mod man;
 mod map;
 mod measure;
 mod resize;
+mod snapshot;
 
 /// The heading of options that `qemu-img` does not have; under its name they do not exist.
 pub const NATIVE: &str = "Diskmill options";
@@ -92,13 +93,14 @@ pub static COMMANDS: [Spec; 11] = [
     Spec::of::<measure::MeasureArgs>(true),
     Spec::of::<compare::CompareArgs>(true),
     Spec::of::<resize::ResizeArgs>(true),
+    Spec::of::<snapshot::SnapshotArgs>(true),
     Spec::of::<demo::DemoArgs>(false),
     Spec::of::<completions::CompletionsArgs>(false),
     Spec::of::<man::ManArgs>(false),
 ];
 
 /// Commands of `qemu-img` that are known by name only.
-pub const LATER: [(&str, &str); 7] = [
+pub const LATER: [(&str, &str); 6] = [
     ("amend", "Change options of an existing image (not supported yet)"),
     ("bench", "Measure the speed of an image (not supported yet)"),
     ("bitmap", "Change dirty bitmaps of an image (not supported yet)"),
@@ -111,7 +113,6 @@ pub const LATER: [(&str, &str); 7] = [
         "rebase",
         "Change the backing image of an image (not supported yet)",
     ),
-    ("snapshot", "Manage snapshots inside an image (not supported yet)"),
 ];
 
 /// The command called `name`.

@@ -95,7 +95,8 @@ fn new_size(text: &str) -> Result<NewSize, Failure> {
         .ok_or_else(|| Failure::usage(texts::bad_size("size")))
 }
 
-fn tell(ui: &Ui, warning: &OpenWarning) {
+/// Says what opening the image made worth saying.
+pub(super) fn tell(ui: &Ui, warning: &OpenWarning) {
     match warning {
         OpenWarning::GuessedRaw { name } if ui.drop_in() => ui.note(&format!(
             "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n\

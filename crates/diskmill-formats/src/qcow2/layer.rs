@@ -11,6 +11,7 @@ use super::cache::{SLICE_BYTES, SliceCache};
 use super::header::{CompressionType, Header};
 use super::hollow::RefcountPlace;
 use super::map::{ClusterKind, CompressedSpan, Geometry, L1Entry, L2Entry};
+use super::snapshot;
 use super::run::{RunKind, Scan, split_entry};
 use crate::codec::{Codec, Decoder, UnitEncoder};
 
@@ -59,7 +60,7 @@ pub struct Qcow2Layer {
 }
 
 /// Opens an image for reading.
-pub(super) fn attach(header: &Header, facts: Facts, files: Files, how: &OpenSpec) -> Result<Qcow2Layer> {
+pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &OpenSpec) -> Result<Qcow2Layer> {
     super::refuse_unsupported(header, how)?;
     let data = data_index(header, files.iter().map(|(role, _)| *role))?;
     let files: Vec<_> = files.into_iter().map(|(_, file)| file).collect();
@@ -73,7 +74,18 @@ pub(super) fn attach(header: &Header, facts: Facts, files: Files, how: &OpenSpec
     };
     let geometry = header.geometry();
     check_tables(header, main_len)?;
-    let l1 = read_l1(main.as_ref(), header)?;
+    let l1 = match &how.snapshot {
+        None => read_l1(main.as_ref(), header.l1_table_offset, geometry.l1_entries(header.virtual_size()))?,
+        Some(which) => {
+            let (snapshots, _) = snapshot::read_table(main.as_ref(), header, &how.limits)?;
+            let (_, found) = snapshot::find(&snapshots, which)?;
+            facts.virtual_size = found.checked_size()?;
+            let needed = geometry.l1_entries(facts.virtual_size);
+            snapshot::check_l1(geometry, found.l1_table_offset, found.l1_size, needed)?;
+            within("l1 table of a snapshot", found.l1_table_offset, needed.saturating_mul(8), main_len)?;
+            read_l1(main.as_ref(), found.l1_table_offset, needed)?
+        }
+    };
     Ok(Qcow2Layer {
         facts,
         geometry,
@@ -146,13 +158,11 @@ fn past_end(what: &'static str, at: HostOffset, len: u64, file_len: u64) -> Erro
         .host(at)
 }
 
-/// Reads the entries of the active L1 table that the disk needs.
-pub(super) fn read_l1(main: &dyn Storage, header: &Header) -> Result<Box<[L1Entry]>> {
-    // At most 4 Mi entries: the header has been checked.
-    let needed = header.geometry().l1_entries(header.virtual_size());
+/// Reads the `needed` entries of an L1 table that the disk needs: at most 4 Mi, which has been checked.
+fn read_l1(main: &dyn Storage, at: HostOffset, needed: u64) -> Result<Box<[L1Entry]>> {
     let needed = usize::try_from(needed).map_err(|_| Error::bare(ErrorKind::Unsupported))?;
     let mut bytes = vec![0; needed.saturating_mul(8)];
-    main.read_at(header.l1_table_offset, &mut bytes)
+    main.read_at(at, &mut bytes)
         .map_err(|error| error.op("read the l1 table"))?;
     let entries = bytes.as_chunks::<8>().0;
     Ok(entries

@@ -188,6 +188,9 @@ impl Parsed for Qcow2Image {
 
     fn attach_mut(self: Box<Self>, files: FilesMut, how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
         refuse_unsupported(&self.header, how)?;
+        if how.snapshot.is_some() {
+            return Err(unsupported("writing to an internal snapshot"));
+        }
         Ok(Arc::new(write::Image::open(
             &self.header,
             self.facts,
@@ -234,9 +237,6 @@ fn refuse_unsupported(header: &Header, how: &OpenSpec) -> Result<()> {
         CryptMethod::None => {}
         CryptMethod::Aes => return Err(unsupported("encryption (AES) of qcow2 images")),
         CryptMethod::Luks => return Err(unsupported("encryption (LUKS) of qcow2 images")),
-    }
-    if how.snapshot.is_some() {
-        return Err(unsupported("reading an internal snapshot of qcow2 images"));
     }
     match how.options.iter().find(|(name, _)| !TUNING.contains(name)) {
         Some((name, _)) => Err(OptionError::Unknown(name.to_owned()).into()),

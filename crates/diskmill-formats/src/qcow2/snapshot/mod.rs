@@ -4,11 +4,12 @@
 
 pub(super) mod write;
 
-use diskmill_core::{Error, ErrorKind, Format, HostOffset, Limits, Result, SnapshotFacts, Storage};
+use diskmill_core::{Error, ErrorKind, Format, HostOffset, Limits, Result, SECTOR, SnapshotFacts, Storage};
 use zerocopy::{FromBytes, IntoBytes, big_endian};
 
 use super::header::{Header, Version};
-use super::layout::{RawSnapshot, RawSnapshotExtra, SNAPSHOT_EXTRA_MAX, SNAPSHOT_TABLE_BYTES_MAX};
+use super::map::Geometry;
+use super::layout::{L1_BYTES_MAX, RawSnapshot, RawSnapshotExtra, SNAPSHOT_EXTRA_MAX, SNAPSHOT_TABLE_BYTES_MAX};
 
 /// An entry of the snapshot table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +53,24 @@ pub enum SnapshotError {
         count: u32,
         /// How many there may be.
         limit: u32,
+    },
+    /// An L1 table that cannot be.
+    #[error("l1 table of a snapshot at {at:#x} has {entries} entries, must start on a cluster and have {needed} to 4194304")]
+    L1 {
+        /// Where it starts.
+        at: u64,
+        /// Entries it is said to have.
+        entries: u64,
+        /// Entries its disk needs.
+        needed: u64,
+    },
+    /// A size no disk has.
+    #[error("disk_size of snapshot '{id}' is {size}, must be below 2^63")]
+    DiskSize {
+        /// The snapshot.
+        id: String,
+        /// The size.
+        size: u64,
     },
     /// There is no such snapshot.
     #[error("there is no snapshot with id or name '{0}'")]
@@ -194,7 +213,28 @@ pub fn find<'a>(snapshots: &'a [Snapshot], which: &str) -> Result<(usize, &'a Sn
         })
 }
 
+/// Fails unless an L1 table that is not the active one may be where an entry says, with `entries` of them for a disk
+/// that needs `needed`.
+pub(super) fn check_l1(geometry: Geometry, at: HostOffset, entries: u32, needed: u64) -> Result<()> {
+    let entries = u64::from(entries);
+    let placed = at.is_aligned(geometry.cluster_size()) && (entries == 0 || at != HostOffset::ZERO);
+    if placed && entries >= needed && entries <= L1_BYTES_MAX / 8 {
+        return Ok(());
+    }
+    let at = at.get();
+    Err(SnapshotError::L1 { at, entries, needed }.into())
+}
+
 impl Snapshot {
+    /// The size of its disk in bytes, if a disk can have it.
+    pub(super) fn checked_size(&self) -> Result<u64> {
+        let size = self.facts.disk_size;
+        match i64::try_from(size) {
+            Ok(_) => Ok(size & !(SECTOR.wrapping_sub(1))),
+            Err(_) => Err(SnapshotError::DiskSize { id: self.facts.id.clone(), size }.into()),
+        }
+    }
+
     /// Its entry of the table, padded.
     fn to_bytes(&self) -> Vec<u8> {
         let facts = &self.facts;

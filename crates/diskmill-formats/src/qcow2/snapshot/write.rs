@@ -18,7 +18,7 @@ use super::super::write::Image;
 use super::{Snapshot, find};
 
 /// Where the header keeps the number of snapshots (4 bytes) and, behind it, the offset of their table (8 bytes).
-const HEADER_SNAPSHOTS_AT: u64 = 60;
+const HEADER_SNAPSHOTS_AT: usize = 60;
 /// The longest name that QEMU's structures hold.
 const NAME_MAX: usize = 255;
 
@@ -33,37 +33,8 @@ pub(crate) enum SnapshotWriteError {
     TooMany(usize),
     #[error("the snapshot table would have {0} bytes, must have at most 67108864")]
     TableTooLong(usize),
-    #[error(
-        "snapshot '{id}' has a disk of {disk_size} bytes: not a size that can be applied to a disk of {size}"
-    )]
-    DiskSize { id: String, disk_size: u64, size: u64 },
-}
-
-fn refuse(error: SnapshotWriteError) -> Error {
-    Error::new(ErrorKind::Unsupported, error).format(Format::Qcow2)
-}
-
-/// The snapshot table of an image that is being written.
-#[derive(Debug)]
-pub(crate) struct SnapshotTable {
-    pub(crate) entries: Vec<Snapshot>,
-    at: HostOffset,
-    bytes: u64,
-}
-
-impl SnapshotTable {
-    /// The table that was read from `at` and takes `bytes` there; protects it and the L1 tables it names.
-    pub(crate) fn load(tables: &mut Tables, entries: Vec<Snapshot>, at: HostOffset, bytes: u64) -> Self {
-        tables
-            .fence
-            .protect(at.get()..at.get().saturating_add(bytes), Part::SnapshotTable);
-        for snapshot in &entries {
-            let at = snapshot.l1_table_offset.get();
-            let end = at.saturating_add(u64::from(snapshot.l1_size) * 8);
-            tables.fence.protect(at..end, Part::InactiveL1);
-        }
-        Self { entries, at, bytes }
-    }
+    #[error("applying a snapshot of another size to an image with dirty bitmaps is not supported")]
+    Bitmaps,
 
     /// Puts `entries` in the table's place. When this returns they are durable, and the old table's clusters free.
     fn replace(&mut self, tables: &mut Tables, mut entries: Vec<Snapshot>) -> Result<()> {
@@ -202,12 +173,9 @@ impl Image {
 
     fn apply_snapshot(&self, tables: &mut Tables, table: &SnapshotTable, which: &str) -> Result<()> {
         let (_, snapshot) = find(&table.entries, which)?;
-        let disk_size = snapshot.facts.disk_size;
-        let size = self.size.load(Ordering::Acquire);
-        let fits = i64::try_from(disk_size).is_ok() && disk_size.is_multiple_of(diskmill_core::SECTOR);
-        if !fits || (disk_size != size && self.has_bitmaps) {
-            let id = snapshot.facts.id.clone();
-            return Err(refuse(SnapshotWriteError::DiskSize { id, disk_size, size }));
+        let disk_size = snapshot.checked_size()?;
+        if disk_size != self.size.load(Ordering::Acquire) && self.has_bitmaps {
+            return Err(refuse(SnapshotWriteError::Bitmaps));
         }
         let needed = self.geometry.l1_entries(disk_size);
         let l1 = tables.read_l1(snapshot.l1_table_offset, snapshot.l1_size, needed)?;

@@ -3,14 +3,14 @@
 use diskmill_core::{Error, ErrorKind, GuestOffset, HostOffset, Result};
 
 use super::super::fence::Part;
-use super::super::layout::L1_BYTES_MAX;
 use super::super::map::L1Entry;
 use super::super::slot::{Place, Slot};
+use super::super::snapshot::check_l1;
 use super::{Reclaim, Tables, past_end};
 
 /// Where the header keeps the disk's size (8 bytes), the encryption method (4), the L1 table's entries (4) and its
 /// offset (8): what changes together when another state becomes the active one lies in one sector.
-const HEADER_STATE_AT: u64 = 24;
+const HEADER_STATE_AT: usize = 24;
 
 /// What is wrong with an L1 table that is not the active one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,20 +33,8 @@ impl Tables {
 
     /// Reads an L1 table that is not the active one, for a disk that needs `needed` entries.
     pub(crate) fn read_l1(&mut self, at: HostOffset, entries: u32, needed: u64) -> Result<Vec<L1Entry>> {
-        let cluster = self.geometry.cluster_size();
+        check_l1(self.geometry, at, entries, needed)?;
         let bytes = u64::from(entries) * 8;
-        if !at.is_aligned(cluster)
-            || (entries > 0 && at == HostOffset::ZERO)
-            || u64::from(entries) < needed
-            || bytes > L1_BYTES_MAX
-        {
-            let error = TreeError::Place {
-                at: at.get(),
-                entries: entries.into(),
-                needed,
-            };
-            return Err(Error::new(ErrorKind::Malformed, error).host(at));
-        }
         let len = self.fence.file().len()?;
         if at.saturating_add(bytes).get() > len {
             return Err(past_end("the l1 table of a snapshot", at.get(), len));
@@ -241,7 +229,7 @@ impl Tables {
         let mut state = [0; 24];
         self.fence
             .file()
-            .read_at(HostOffset::new(HEADER_STATE_AT), &mut state)?;
+            .read_at(HostOffset::new(HEADER_STATE_AT as u64), &mut state)?;
         let entries = u32::try_from(l1.len()).unwrap_or(u32::MAX);
         for (to, from) in state.iter_mut().zip(size.to_be_bytes()) {
             *to = from;

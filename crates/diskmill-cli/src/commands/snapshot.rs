@@ -1,0 +1,129 @@
+use std::ffi::{OsStr, OsString};
+
+use clap::Args;
+use diskmill::ops::snapshot::{Action, change, list};
+use diskmill_core::{Error, ErrorKind};
+
+use super::info::{snapshot_json, snapshot_table};
+use super::resize::tell;
+use super::{JsonArgs, NATIVE, Run, Source, TrustArgs, wants_json};
+use crate::error::{Failure, Frame};
+use crate::exit::Exit;
+use crate::json::Json;
+use crate::keyval;
+use crate::ui::Ui;
+
+/// List the snapshots inside an image, make one, go back to one, or give one up
+#[derive(Args, Debug)]
+#[command(override_usage = "diskmill snapshot [OPTIONS] [-l | -c|-a|-d SNAPSHOT] FILENAME")]
+pub struct SnapshotArgs {
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// Format of the image, instead of finding it out
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// FILENAME is a list of options (driver=...,file.filename=...), not a name
+    #[arg(long)]
+    image_opts: bool,
+    /// Read an image that another process is writing
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// List the snapshots: what is done if nothing else is asked for
+    #[arg(short, long)]
+    list: bool,
+    /// Keep the present state under this name
+    #[arg(short, long, value_name = "SNAPSHOT")]
+    create: Option<String>,
+    /// Go back to this snapshot, an id or a name
+    #[arg(short, long, value_name = "SNAPSHOT")]
+    apply: Option<String>,
+    /// Give up this snapshot, an id or a name
+    #[arg(short, long, value_name = "SNAPSHOT")]
+    delete: Option<String>,
+    /// A secret or another object that options refer to
+    #[arg(long, value_name = "OBJDEF")]
+    object: Vec<String>,
+    /// The image
+    #[arg(value_name = "FILENAME", value_hint = clap::ValueHint::FilePath)]
+    names: Vec<OsString>,
+    /// How to print the list: human (the default) or json
+    #[arg(long, value_name = "human|json", help_heading = NATIVE)]
+    output: Option<String>,
+    #[command(flatten)]
+    json: JsonArgs,
+    #[command(flatten)]
+    trust: TrustArgs,
+}
+
+impl Run for SnapshotArgs {
+    const NAME: &'static str = "snapshot";
+
+    fn run(self, ui: &Ui) -> Result<Exit, Failure> {
+        let json = wants_json(self.output.as_deref(), &self.json)?;
+        let actions = [
+            self.create.map(Action::Create),
+            self.apply.map(Action::Apply),
+            self.delete.map(Action::Delete),
+        ];
+        let mut actions = actions.into_iter().flatten();
+        let action = actions.next();
+        if actions.next().is_some() || (self.list && action.is_some()) {
+            return Err(Failure::usage_help("Cannot mix '-l', '-a', '-c', '-d'"));
+        }
+        let [name] = self.names.as_slice() else {
+            return Err(Failure::usage_help("Expecting one image file name"));
+        };
+        keyval::objects(&self.object)?;
+        let source = Source {
+            format: self.format.as_deref(),
+            image_opts: self.image_opts,
+            share: self.force_share && action.is_none(),
+            ..Source::default()
+        };
+        let request = source.request(name, &self.trust, ui)?;
+        match action {
+            None => {
+                let snapshots = list(&request).map_err(|error| Failure::open(name, error))?;
+                if json {
+                    let all = snapshots.iter().map(snapshot_json).collect();
+                    ui.print(Json::List(all).pretty())?;
+                } else if !self.quiet {
+                    ui.print(snapshot_table(&snapshots, ui))?;
+                }
+            }
+            Some(action) => {
+                let quiet = self.quiet;
+                change(&request, &action, &mut |warning| {
+                    if !quiet || ui.drop_in() {
+                        tell(ui, warning);
+                    }
+                })
+                .map_err(|error| failed(ui, name, &action, error))?;
+            }
+        }
+        Ok(Exit::OK)
+    }
+}
+
+/// The failure of an action as `qemu-img` words it: what could not be done, and why.
+fn failed(ui: &Ui, name: &OsStr, action: &Action, error: Error) -> Failure {
+    if error.context().op != Some("change snapshots") {
+        return Failure::open(name, error);
+    }
+    let (verb, which, missing) = match action {
+        Action::Create(which) => ("create", which, ""),
+        Action::Apply(which) => (
+            "apply",
+            which,
+            "Failed to load snapshot: No such file or directory",
+        ),
+        Action::Delete(which) => ("delete", which, "snapshot not found"),
+        _ => ("change", &String::new(), ""),
+    };
+    let what = format!("Could not {verb} snapshot '{which}'");
+    if ui.drop_in() && error.kind() == ErrorKind::NotFound {
+        return Failure::refused(format!("{what}: {missing}"));
+    }
+    Failure::library(error, Frame::Text(what))
+}
