@@ -84,7 +84,7 @@ impl Spec {
 }
 
 /// All commands, in the order of the help.
-pub static COMMANDS: [Spec; 11] = [
+pub static COMMANDS: [Spec; 12] = [
     Spec::of::<create::CreateArgs>(true),
     Spec::of::<info::InfoArgs>(true),
     Spec::of::<convert::ConvertArgs>(true),

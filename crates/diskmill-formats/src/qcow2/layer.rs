@@ -11,8 +11,8 @@ use super::cache::{SLICE_BYTES, SliceCache};
 use super::header::{CompressionType, Header};
 use super::hollow::RefcountPlace;
 use super::map::{ClusterKind, CompressedSpan, Geometry, L1Entry, L2Entry};
-use super::snapshot;
 use super::run::{RunKind, Scan, split_entry};
+use super::snapshot;
 use crate::codec::{Codec, Decoder, UnitEncoder};
 
 /// Bytes of L2 tables that one call of [`Layer::map`] may look at.
@@ -75,14 +75,23 @@ pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &Open
     let geometry = header.geometry();
     check_tables(header, main_len)?;
     let l1 = match &how.snapshot {
-        None => read_l1(main.as_ref(), header.l1_table_offset, geometry.l1_entries(header.virtual_size()))?,
+        None => read_l1(
+            main.as_ref(),
+            header.l1_table_offset,
+            geometry.l1_entries(header.virtual_size()),
+        )?,
         Some(which) => {
             let (snapshots, _) = snapshot::read_table(main.as_ref(), header, &how.limits)?;
             let (_, found) = snapshot::find(&snapshots, which)?;
             facts.virtual_size = found.checked_size()?;
             let needed = geometry.l1_entries(facts.virtual_size);
             snapshot::check_l1(geometry, found.l1_table_offset, found.l1_size, needed)?;
-            within("l1 table of a snapshot", found.l1_table_offset, needed.saturating_mul(8), main_len)?;
+            within(
+                "l1 table of a snapshot",
+                found.l1_table_offset,
+                needed.saturating_mul(8),
+                main_len,
+            )?;
             read_l1(main.as_ref(), found.l1_table_offset, needed)?
         }
     };

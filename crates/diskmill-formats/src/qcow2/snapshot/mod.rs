@@ -8,8 +8,10 @@ use diskmill_core::{Error, ErrorKind, Format, HostOffset, Limits, Result, SECTOR
 use zerocopy::{FromBytes, IntoBytes, big_endian};
 
 use super::header::{Header, Version};
+use super::layout::{
+    L1_BYTES_MAX, RawSnapshot, RawSnapshotExtra, SNAPSHOT_EXTRA_MAX, SNAPSHOT_TABLE_BYTES_MAX,
+};
 use super::map::Geometry;
-use super::layout::{L1_BYTES_MAX, RawSnapshot, RawSnapshotExtra, SNAPSHOT_EXTRA_MAX, SNAPSHOT_TABLE_BYTES_MAX};
 
 /// An entry of the snapshot table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +57,9 @@ pub enum SnapshotError {
         limit: u32,
     },
     /// An L1 table that cannot be.
-    #[error("l1 table of a snapshot at {at:#x} has {entries} entries, must start on a cluster and have {needed} to 4194304")]
+    #[error(
+        "l1 table of a snapshot at {at:#x} has {entries} entries, must start on a cluster and have {needed} to 4194304"
+    )]
     L1 {
         /// Where it starts.
         at: u64,
@@ -231,7 +235,11 @@ impl Snapshot {
         let size = self.facts.disk_size;
         match i64::try_from(size) {
             Ok(_) => Ok(size & !(SECTOR.wrapping_sub(1))),
-            Err(_) => Err(SnapshotError::DiskSize { id: self.facts.id.clone(), size }.into()),
+            Err(_) => Err(SnapshotError::DiskSize {
+                id: self.facts.id.clone(),
+                size,
+            }
+            .into()),
         }
     }
 

@@ -35,6 +35,33 @@ pub(crate) enum SnapshotWriteError {
     TableTooLong(usize),
     #[error("applying a snapshot of another size to an image with dirty bitmaps is not supported")]
     Bitmaps,
+}
+
+fn refuse(error: SnapshotWriteError) -> Error {
+    Error::new(ErrorKind::Unsupported, error).format(Format::Qcow2)
+}
+
+/// The snapshot table of an image that is being written.
+#[derive(Debug)]
+pub(crate) struct SnapshotTable {
+    pub(crate) entries: Vec<Snapshot>,
+    at: HostOffset,
+    bytes: u64,
+}
+
+impl SnapshotTable {
+    /// The table that was read from `at` and takes `bytes` there; protects it and the L1 tables it names.
+    pub(crate) fn load(tables: &mut Tables, entries: Vec<Snapshot>, at: HostOffset, bytes: u64) -> Self {
+        tables
+            .fence
+            .protect(at.get()..at.get().saturating_add(bytes), Part::SnapshotTable);
+        for snapshot in &entries {
+            let at = snapshot.l1_table_offset.get();
+            let end = at.saturating_add(u64::from(snapshot.l1_size) * 8);
+            tables.fence.protect(at..end, Part::InactiveL1);
+        }
+        Self { entries, at, bytes }
+    }
 
     /// Puts `entries` in the table's place. When this returns they are durable, and the old table's clusters free.
     fn replace(&mut self, tables: &mut Tables, mut entries: Vec<Snapshot>) -> Result<()> {

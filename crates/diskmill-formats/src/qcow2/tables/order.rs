@@ -9,7 +9,7 @@ use crate::qcow2::fence::{Fence, Part};
 use crate::qcow2::map::L1Entry;
 
 /// Dropped references kept in memory before they are settled.
-const MAX_DROPPED: usize = 4096;
+pub(super) const MAX_DROPPED: usize = 4096;
 /// Host bytes they may keep occupied.
 const MAX_DROPPED_BYTES: u64 = 1 << 30;
 

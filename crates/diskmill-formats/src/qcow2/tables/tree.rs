@@ -15,10 +15,6 @@ const HEADER_STATE_AT: usize = 24;
 /// What is wrong with an L1 table that is not the active one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum TreeError {
-    #[error(
-        "l1 table at {at:#x} has {entries} entries, must start on a cluster and have {needed} to 4194304"
-    )]
-    Place { at: u64, entries: u64, needed: u64 },
     #[error("cluster {cluster:#x} is referred to and its refcount is 0")]
     Uncounted { cluster: u64 },
 }
@@ -151,7 +147,7 @@ impl Tables {
     pub(crate) fn drop_tree(&mut self, l1: &[L1Entry]) -> Result<()> {
         self.visit_tree(l1, &mut |tables, first, count| {
             tables.drop_clusters(first, count, Reclaim::Always);
-            if tables.dropped.len() > super::MAX_DROPPED {
+            if tables.dropped.len() > super::order::MAX_DROPPED {
                 tables.settle()
             } else {
                 Ok(())
