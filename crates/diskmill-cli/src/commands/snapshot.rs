@@ -6,11 +6,10 @@ use diskmill_core::{Error, ErrorKind};
 
 use super::info::{snapshot_json, snapshot_table};
 use super::resize::tell;
-use super::{JsonArgs, NATIVE, Run, Source, TrustArgs, wants_json};
+use super::{DoArgs, Run, Source};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
-use crate::keyval;
 use crate::ui::Ui;
 
 /// List the snapshots inside an image, make one, go back to one, or give one up
@@ -41,26 +40,18 @@ pub struct SnapshotArgs {
     /// Give up this snapshot, an id or a name
     #[arg(short, long, value_name = "SNAPSHOT")]
     delete: Option<String>,
-    /// A secret or another object that options refer to
-    #[arg(long, value_name = "OBJDEF")]
-    object: Vec<String>,
+    #[command(flatten)]
+    how: DoArgs,
     /// The image
     #[arg(value_name = "FILENAME", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
-    /// How to print the list: human (the default) or json
-    #[arg(long, value_name = "human|json", help_heading = NATIVE)]
-    output: Option<String>,
-    #[command(flatten)]
-    json: JsonArgs,
-    #[command(flatten)]
-    trust: TrustArgs,
 }
 
 impl Run for SnapshotArgs {
     const NAME: &'static str = "snapshot";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = wants_json(self.output.as_deref(), &self.json)?;
+        let json = self.how.wants_json()?;
         let actions = [
             self.create.map(Action::Create),
             self.apply.map(Action::Apply),
@@ -74,14 +65,13 @@ impl Run for SnapshotArgs {
         let [name] = self.names.as_slice() else {
             return Err(Failure::usage_help("Expecting one image file name"));
         };
-        keyval::objects(&self.object)?;
         let source = Source {
             format: self.format.as_deref(),
             image_opts: self.image_opts,
             share: self.force_share && action.is_none(),
             ..Source::default()
         };
-        let request = source.request(name, &self.trust, ui)?;
+        let request = source.request(name, &self.how.native, ui)?;
         match action {
             None => {
                 let snapshots = list(&request).map_err(|error| Failure::open(name, error))?;

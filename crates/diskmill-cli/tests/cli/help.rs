@@ -4,7 +4,7 @@ use diskmill_testkit::Scratch;
 
 use crate::{diskmill, ours};
 
-const COMMANDS: [&str; 11] = [
+const COMMANDS: [&str; 12] = [
     "create",
     "info",
     "convert",
@@ -13,6 +13,7 @@ const COMMANDS: [&str; 11] = [
     "measure",
     "compare",
     "resize",
+    "snapshot",
     "demo",
     "completions",
     "man",

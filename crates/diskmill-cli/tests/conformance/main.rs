@@ -16,4 +16,5 @@ mod locks;
 mod matrix;
 mod options;
 mod sizes;
+mod snapshots;
 mod tools;

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
     Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format, GuestOffset,
-    HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, SnapshotFacts, Snapshots, State as RunState, Storage,
-    StorageMut, Stored, ZeroHow,
+    HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, SnapshotFacts, Snapshots,
+    State as RunState, Storage, StorageMut, Stored, ZeroHow,
 };
 
 use super::bitmap;
