@@ -139,8 +139,8 @@ fn snapshot__refused_changes_nothing() {
     for words in ["-c full", "-a none", "-d none"] {
         let done = ours(&scratch)
             .words(&format!("snapshot {words} ours.qcow2"))
-            .run();
-        assert_eq!(done.code(), Some(1), "{words}\n{done}");
+            .finish();
+        assert_eq!(done.code, Some(1), "{words}\n{done}");
         assert!(
             std::fs::read(&path).unwrap() == before,
             "{words} changed the image"

@@ -81,7 +81,7 @@ impl SnapshotTable {
             0
         } else {
             let (first, _) = tables.allocate(clusters, clusters)?;
-            raw.resize(usize::try_from(clusters * cluster).unwrap_or(0), 0);
+            raw.resize(usize::try_from(clusters.saturating_mul(cluster)).unwrap_or(0), 0);
             if let Err(error) = tables.fence.write(Part::SnapshotTable, first << bits, &raw) {
                 // The write is what the caller must hear of; what cannot be given back leaks.
                 let _ = tables.release(first, clusters);
@@ -99,7 +99,9 @@ impl SnapshotTable {
         let old = (self.at.get() >> bits, self.bytes.div_ceil(cluster));
         tables.fence.unprotect(self.at.get());
         if bytes > 0 {
-            tables.fence.protect(at..at + bytes, Part::SnapshotTable);
+            tables
+                .fence
+                .protect(at..at.saturating_add(bytes), Part::SnapshotTable);
         }
         *self = Self {
             entries,
@@ -165,7 +167,9 @@ impl Image {
             let replaced = table.replace(tables, entries);
             let bytes = u64::from(l1_size) * 8;
             match replaced {
-                Ok(()) => tables.fence.protect(at.get()..at.get() + bytes, Part::InactiveL1),
+                Ok(()) => tables
+                    .fence
+                    .protect(at.get()..at.saturating_add(bytes).get(), Part::InactiveL1),
                 Err(error) => {
                     let bits = tables.geometry.cluster_bits().get();
                     let clusters = bytes.div_ceil(tables.geometry.cluster_size());
