@@ -9,6 +9,8 @@ use diskmill_storage::{
     CacheMode, File, FileOptions, InPlace, LockPlan, NotADisk, PipeOut, StageOptions, Staged,
 };
 
+use crate::policy::References;
+
 /// The files a new image is written to. Unless [`commit`](Self::commit) is called, the target stays as it was.
 #[derive(Debug)]
 pub(crate) struct Target {
@@ -20,7 +22,14 @@ pub(crate) struct Target {
 
 impl Target {
     /// Starts the files `outputs` asks for, the main one to be called `path`.
-    pub(crate) fn create(path: &Path, outputs: &[OutputSpec], cache: CacheMode) -> Result<Self> {
+    ///
+    /// Others are named as [`open`](crate::open) will look for them under `policy`.
+    pub(crate) fn create(
+        path: &Path,
+        outputs: &[OutputSpec],
+        cache: CacheMode,
+        policy: &References,
+    ) -> Result<Self> {
         if is_stdout(path) {
             return Self::stdout();
         }
@@ -31,7 +40,7 @@ impl Target {
         };
         for output in outputs {
             let options = StageOptions::new().cache(cache).for_output(output);
-            let staged = Staged::create(output_path(path, &output.name), &options)?;
+            let staged = Staged::create(output_path(path, &output.name, policy), &options)?;
             target.files.push((output.role, staged.storage()));
             target.staged.push(staged);
         }
@@ -99,12 +108,12 @@ fn is_stdout(path: &Path) -> bool {
 }
 
 /// Where a file of the image `main` belongs.
-fn output_path(main: &Path, name: &OutputName) -> PathBuf {
-    match name {
-        OutputName::Main => main.to_owned(),
-        OutputName::Named(name) => match main.parent() {
-            Some(dir) => dir.join(name),
-            None => name.into(),
-        },
+fn output_path(main: &Path, name: &OutputName, policy: &References) -> PathBuf {
+    match (name, main.parent(), policy) {
+        (OutputName::Main, ..) => main.to_owned(),
+        (OutputName::Named(name), Some(dir), References::Beneath { .. } | References::None { .. }) => {
+            dir.join(name)
+        }
+        (OutputName::Named(name), ..) => name.into(),
     }
 }

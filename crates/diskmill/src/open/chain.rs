@@ -276,7 +276,12 @@ impl<'a> Opener<'a> {
         let (spec, file) = match said {
             Some(file) => (self.request.spec.clone(), file.clone()),
             None => {
-                let spec = self.permitted(image.file.path(), name)?;
+                // QEMU takes the name of a data file as one its caller could have typed.
+                let from = match self.request.policy {
+                    References::Any => Path::new(""),
+                    _ => image.file.path(),
+                };
+                let spec = self.permitted(from, name)?;
                 let file = spec.file.clone();
                 (spec, file)
             }

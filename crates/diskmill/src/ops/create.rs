@@ -123,6 +123,7 @@ pub struct Creation {
     backing: Option<String>,
     backing_format: Option<String>,
     durability: Durability,
+    policy: References,
 }
 
 /// Checks a request and opens the backing image. Touches nothing.
@@ -179,6 +180,7 @@ fn check(request: &CreateRequest) -> Result<Creation> {
         backing,
         backing_format,
         durability: request.durability,
+        policy: request.policy.clone(),
     };
     creation.shown = creation.show()?;
     Ok(creation)
@@ -203,7 +205,7 @@ impl Creation {
             format: self.backing_format,
         });
         let outputs = self.driver.outputs(&spec)?;
-        let target = Target::create(self.target.path(), &outputs, CacheMode::Writeback)?;
+        let target = Target::create(self.target.path(), &outputs, CacheMode::Writeback, &self.policy)?;
         let files = target.files();
         // A raw image is the device itself: what is on it stays, as with `qemu-img`.
         let keep =

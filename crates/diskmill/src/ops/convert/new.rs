@@ -122,7 +122,12 @@ impl Start {
             spec.backing = Some(BackingName { name, format });
         }
         let outputs = outputs(plan, driver, &mut spec)?;
-        let target = Target::create(path(image), &outputs, image.cache)?;
+        let target = Target::create(
+            path(image),
+            &outputs,
+            image.cache,
+            &backing_like(plan, image).policy,
+        )?;
         let builder = driver.build(&spec, target.files())?;
         Ok((Self { target, builder }, below))
     }
