@@ -183,20 +183,49 @@ fn a_stream_with_a_zlib_header_is_refused() {
 }
 
 #[test]
-fn encryption_and_internal_snapshots_are_refused_by_name() {
+fn encryption_is_refused_by_name() {
     let victim = Victim::new("");
     patch(&victim.path, 32, &1_u32.to_be_bytes());
     victim.assert_trouble("encryption (AES) of qcow2 images");
+}
+
+#[test]
+fn a_snapshot_opens_by_id_or_name_and_only_where_it_can_be() {
     let victim = Victim::new("");
     oracle::qemu_img()
         .args(["snapshot", "-c", "one"])
         .arg(&victim.path)
         .ok();
     let mut how = OpenSpec::default();
-    how.snapshot = Some("one".to_owned());
+    for which in ["one", "1"] {
+        how.snapshot = Some(which.to_owned());
+        layer(&victim.path, "qcow2", &how).unwrap();
+    }
+    how.snapshot = Some("two".to_owned());
     let error = layer(&victim.path, "qcow2", &how).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert!(text(&error).contains("internal snapshot"), "{error:?}");
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(
+        text(&error).contains("no snapshot with id or name 'two'"),
+        "{error:?}"
+    );
+
+    // The first entry of the table says where its L1 table is, and how large.
+    how.snapshot = Some("one".to_owned());
+    let bytes = std::fs::read(&victim.path).unwrap();
+    let table = u64::from_be_bytes(*bytes[64..].first_chunk().unwrap());
+    let size_at = table + 40 + 8;
+    for (at, value, says) in [
+        (table, 0x123_u64, "must start on a cluster"),
+        (table, 0, "must start on a cluster"),
+        (table, 1 << 40, "runs past the end of the file"),
+        (size_at, 1 << 63, "must be below 2^63"),
+        (size_at, 1 << 60, "entries"),
+    ] {
+        std::fs::write(&victim.path, &bytes).unwrap();
+        patch(&victim.path, at, &value.to_be_bytes());
+        let error = layer(&victim.path, "qcow2", &how).unwrap_err();
+        assert!(text(&error).contains(says), "{value:#x} at {at:#x}: {error:?}");
+    }
 }
 
 /// A LUKS header is looked for where the extension says, and nothing else is taken for one.
