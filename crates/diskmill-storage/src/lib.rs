@@ -3,7 +3,7 @@
 //! * [`File`]: a regular file or block device, through the page cache or past it, with QEMU's [locks](lock).
 //! * [`Staged`]: a new file that takes its name only when it is complete.
 //! * [`Memory`]: bytes in memory, sparse.
-//! * [`Window`]: a part of another storage. [`Throttle`]: another storage, slowed down.
+//! * [`Window`]: a part of another storage. [`RateLimit`]: what writers are held to.
 //! * [`PipeOut`] and [`PipeIn`]: what can only be written or read in order.
 //!
 //! Nothing here knows a disk image format.
@@ -34,5 +34,5 @@ pub use lock::{LockByteError, LockError, LockPlan, Permissions};
 pub use memory::Memory;
 pub use pipe::{PipeIn, PipeOut};
 pub use staged::{InPlace, StageOptions, Staged};
-pub use throttle::{RateLimit, Throttle};
+pub use throttle::RateLimit;
 pub use window::Window;

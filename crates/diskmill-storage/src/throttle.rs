@@ -1,13 +1,8 @@
-//! Slowing a storage down.
-#![deny(clippy::missing_trait_methods)]
+//! Holding writers to a rate.
 
-use std::io::IoSlice;
 use std::num::NonZeroU64;
-use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-use diskmill_core::{Hints, HostOffset, HostRun, RawFile, Result, Storage, StorageMut, ZeroHow};
 
 /// So many bytes a second, shared by all who take from it.
 ///
@@ -37,94 +32,6 @@ impl RateLimit {
         let start = paid.map_or(now, |paid| paid.max(now));
         *paid = Some(start.checked_add(cost).unwrap_or(start));
         start - now
-    }
-}
-
-/// A storage whose writes are limited to a rate. Reading, zeroing without writing and resizing are not.
-#[derive(Debug)]
-pub struct Throttle {
-    inner: Arc<dyn StorageMut>,
-    limit: Arc<RateLimit>,
-}
-
-impl Throttle {
-    /// `inner`, its writes limited by `limit`.
-    pub fn new(inner: Arc<dyn StorageMut>, limit: Arc<RateLimit>) -> Self {
-        Self { inner, limit }
-    }
-
-    fn wait_for(&self, bytes: u64) {
-        let pause = self.limit.take(bytes, Instant::now());
-        if !pause.is_zero() {
-            std::thread::sleep(pause);
-        }
-    }
-}
-
-impl Storage for Throttle {
-    fn len(&self) -> Result<u64> {
-        self.inner.len()
-    }
-
-    fn is_empty(&self) -> Result<bool> {
-        self.inner.is_empty()
-    }
-
-    fn hints(&self) -> Hints {
-        self.inner.hints()
-    }
-
-    fn read_at(&self, at: HostOffset, buf: &mut [u8]) -> Result<()> {
-        self.inner.read_at(at, buf)
-    }
-
-    fn run_at(&self, at: HostOffset) -> Result<HostRun> {
-        self.inner.run_at(at)
-    }
-
-    fn allocated(&self) -> Result<Option<u64>> {
-        self.inner.allocated()
-    }
-
-    /// `None`: what goes by the file underneath is not counted.
-    fn raw_file(&self) -> Option<RawFile<'_>> {
-        None
-    }
-
-    fn read_padded(&self, at: HostOffset, buf: &mut [u8]) -> Result<()> {
-        self.inner.read_padded(at, buf)
-    }
-}
-
-impl StorageMut for Throttle {
-    fn write_at(&self, at: HostOffset, buf: &[u8]) -> Result<()> {
-        self.wait_for(buf.len() as u64);
-        self.inner.write_at(at, buf)
-    }
-
-    fn write_vectored_at(&self, at: HostOffset, bufs: &[IoSlice<'_>]) -> Result<()> {
-        self.wait_for(bufs.iter().map(|buf| buf.len() as u64).sum());
-        self.inner.write_vectored_at(at, bufs)
-    }
-
-    fn zero(&self, range: Range<HostOffset>, how: ZeroHow) -> Result<()> {
-        self.inner.zero(range, how)
-    }
-
-    fn discard(&self, range: Range<HostOffset>) -> Result<()> {
-        self.inner.discard(range)
-    }
-
-    fn allocate(&self, range: Range<HostOffset>) -> Result<()> {
-        self.inner.allocate(range)
-    }
-
-    fn set_len(&self, len: u64) -> Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn sync(&self) -> Result<()> {
-        self.inner.sync()
     }
 }
 

@@ -1,13 +1,10 @@
 //! The storages that are not files.
 
 use std::io::{Cursor, Read, Write};
-use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
 
 use diskmill_core::{ErrorKind, ForwardSource, HostOffset, HostRun, Storage, StorageMut, ZeroHow};
-use diskmill_storage::{
-    CacheMode, File, FileOptions, LockPlan, Memory, PipeIn, PipeOut, RateLimit, Throttle, Window, copy_range,
-};
+use diskmill_storage::{CacheMode, File, FileOptions, LockPlan, Memory, PipeIn, PipeOut, Window, copy_range};
 use diskmill_testkit::Scratch;
 use diskmill_testkit::contract::storage::{self as contract, pattern};
 
@@ -100,12 +97,6 @@ fn a_window_lies_within() {
     let window = Window::new(Arc::clone(&file), at(100), Some(50)).unwrap();
     let raw = window.raw_file().unwrap();
     assert_eq!((raw.base, raw.len), (100, 50));
-}
-
-#[test]
-fn a_throttle_is_a_storage() {
-    let limit = Arc::new(RateLimit::new(NonZeroU64::MAX));
-    contract::all(&|| Arc::new(Throttle::new(Arc::new(Memory::new()), Arc::clone(&limit))));
 }
 
 /// The other end of a pipe.
