@@ -153,41 +153,33 @@ impl Image {
         table: &mut SnapshotTable,
         new: &NewSnapshot,
     ) -> Result<SnapshotFacts> {
+        if table.entries.len() >= usize::try_from(SNAPSHOTS_MAX).unwrap_or(usize::MAX) {
+            return Err(refuse(SnapshotWriteError::TooMany(
+                table.entries.len().saturating_add(1),
+            )));
+        }
         tables.flush()?;
         let l1: Vec<L1Entry> = tables.l1().to_vec();
         tables.raise_tree(&l1)?;
-        let made = tables.write_new_l1(&l1).and_then(|at| {
-            tables.refresh_copied()?;
-            tables.write_back(true)?;
-            let l1_size = u32::try_from(l1.len()).unwrap_or(u32::MAX);
-            let snapshot = self.snapshot_of(table, at, l1_size, new);
-            let facts = snapshot.facts.clone();
-            let mut entries = table.entries.clone();
-            entries.push(snapshot);
-            let replaced = table.replace(tables, entries);
-            let bytes = u64::from(l1_size) * 8;
-            match replaced {
-                Ok(()) => tables
-                    .fence
-                    .protect(at.get()..at.saturating_add(bytes).get(), Part::InactiveL1),
-                Err(error) => {
-                    let bits = tables.geometry.cluster_bits().get();
-                    let clusters = bytes.div_ceil(tables.geometry.cluster_size());
-                    // As above: the first error counts.
-                    let _ = tables.release(at.get() >> bits, clusters);
-                    return Err(error);
-                }
+        let at = match tables.write_new_l1(&l1) {
+            Ok(at) => at,
+            Err(error) => {
+                // Nothing names a copy. Should this fail as well, the counts stay too high: a leak.
+                let _ = tables.drop_tree(&l1).and_then(|()| tables.write_back(true));
+                return Err(error);
             }
-            Ok(facts)
-        });
-        if made.is_err() {
-            // Nothing names the copy. Should this fail as well, the counts stay too high: a leak.
-            let _ = tables
-                .drop_tree(&l1)
-                .and_then(|()| tables.refresh_copied())
-                .and_then(|()| tables.write_back(true));
-        }
-        let facts = made?;
+        };
+        tables.refresh_copied()?;
+        tables.write_back(true)?;
+        let l1_size = u32::try_from(l1.len()).unwrap_or(u32::MAX);
+        let snapshot = self.snapshot_of(table, at, l1_size, new);
+        let facts = snapshot.facts.clone();
+        let mut entries = table.entries.clone();
+        entries.push(snapshot);
+        // If this fails the header may name the snapshot all the same: counts that are too high are safe with either.
+        table.replace(tables, entries)?;
+        let end = at.saturating_add(u64::from(l1_size).saturating_mul(8));
+        tables.fence.protect(at.get()..end.get(), Part::InactiveL1);
         // Machine state behind the end of the disk is the snapshot's alone: in the active state it would only be copied.
         let size = self.size.load(Ordering::Acquire);
         self.drop_beyond(tables, size)?;
