@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use diskmill_core::{
     Access, BackingName, Chain, Error, ErrorKind, Files, FilesMut, Format, Layer, LayerMut, Result, Role,
-    Storage, StorageMut,
+    Storage,
 };
 use diskmill_storage::{File, FileId, LockPlan};
 
@@ -216,12 +216,12 @@ impl<'a> Opener<'a> {
     }
 
     fn attach(&self, image: Understood) -> Result<(Arc<dyn Layer>, Node)> {
-        let mut files: Files = vec![(Role::Main, image.file.clone())];
         let data = self.data_files(&image, Access::Read)?;
-        files.extend(
-            data.iter()
-                .map(|(role, file)| (*role, Arc::clone(file) as Arc<dyn Storage>)),
-        );
+        let files: Files = self
+            .hosts(&image, &data)
+            .into_iter()
+            .map(|(role, file)| (role, file as Arc<dyn Storage>))
+            .collect();
         let mut node = image.node(&data);
         let path = image.file.path().to_owned();
         let layer = image
@@ -233,12 +233,8 @@ impl<'a> Opener<'a> {
     }
 
     fn attach_mut(&self, image: Understood) -> Result<(Arc<dyn LayerMut>, Node)> {
-        let mut files: FilesMut = vec![(Role::Main, image.file.clone())];
         let data = self.data_files(&image, Access::Write)?;
-        files.extend(
-            data.iter()
-                .map(|(role, file)| (*role, Arc::clone(file) as Arc<dyn StorageMut>)),
-        );
+        let files = self.hosts(&image, &data);
         let mut node = image.node(&data);
         let path = image.file.path().to_owned();
         let layer = image
@@ -247,6 +243,13 @@ impl<'a> Opener<'a> {
             .map_err(|error| error.op("open").path(path))?;
         node.facts = layer.facts().clone();
         Ok((layer, node))
+    }
+
+    /// The files of an image, the main one first, with what the request puts around them.
+    pub(crate) fn hosts(&self, image: &Understood, data: &[(Role, Arc<File>)]) -> FilesMut {
+        let mut files = vec![(Role::Main, self.request.host(&image.file))];
+        files.extend(data.iter().map(|(role, file)| (*role, self.request.host(file))));
+        files
     }
 
     /// The files that an image consists of beside its main one.

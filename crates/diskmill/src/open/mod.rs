@@ -7,12 +7,13 @@ mod guard;
 mod understand;
 
 use std::ffi::{OsStr, OsString};
+use std::fmt::Debug;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diskmill_core::{Chain, Error, Facts, Format, LayerMut, Limits, Result};
-use diskmill_storage::{CacheMode, FileId};
+use diskmill_core::{Chain, Error, Facts, Format, LayerMut, Limits, Result, StorageMut};
+use diskmill_storage::{CacheMode, File, FileId};
 
 pub(crate) use chain::Opener;
 pub(crate) use understand::Understood;
@@ -45,6 +46,16 @@ pub struct OpenRequest {
     pub backing: bool,
     /// Pass discards on to the host.
     pub unmap: bool,
+    /// What is put around each file that is opened.
+    pub around: Option<Arc<dyn Around>>,
+}
+
+/// Puts something around the files that a request opens: to watch what reaches the host, or to get in its way.
+///
+/// The files of images are handed over when they are attached; the headers are read before that, from the file itself.
+pub trait Around: Send + Sync + Debug {
+    /// What is to be used in the place of `file`, which was opened as `path`.
+    fn around(&self, path: &Path, file: Arc<dyn StorageMut>) -> Arc<dyn StorageMut>;
 }
 
 impl OpenRequest {
@@ -61,6 +72,16 @@ impl OpenRequest {
             snapshot: None,
             backing: true,
             unmap: false,
+            around: None,
+        }
+    }
+
+    /// `file`, with what is to be put around it.
+    pub(crate) fn host(&self, file: &Arc<File>) -> Arc<dyn StorageMut> {
+        let plain: Arc<dyn StorageMut> = file.clone();
+        match &self.around {
+            Some(around) => around.around(file.path(), plain),
+            None => plain,
         }
     }
 }
