@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::{
-    Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, GuestOffset, HostSpan, Result, Snapshots,
+    BackingName, Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, GuestOffset, HostSpan, Result, Snapshots,
     Storage, Stored, ZeroHow,
 };
 
@@ -92,6 +92,19 @@ pub trait LayerMut: Layer {
         Err(Error::new(
             ErrorKind::Unsupported,
             "the format cannot take room ahead of data",
+        ))
+    }
+
+    /// Changes what the image says it is backed by, and nothing else; `None` means nothing. When this returns the change
+    /// and all that was written before it are durable; a power cut leaves the old name or the new one.
+    ///
+    /// An error of kind [`ErrorKind::Usage`] if the image cannot have this name, of kind [`ErrorKind::NoSpace`] if there
+    /// is no room for it, of kind [`ErrorKind::Unsupported`] if the format has no backing images.
+    fn set_backing(&self, backing: Option<&BackingName>) -> Result<()> {
+        let _ = backing;
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("format '{}' cannot change its backing image", self.facts().format),
         ))
     }
 

@@ -305,6 +305,15 @@ pub(super) fn write_all(extensions: &[Extension], bytes: &mut Vec<u8>) -> Result
     Ok(())
 }
 
+/// Bytes of the list with its end mark.
+pub(super) fn len_of_all(extensions: &[Extension]) -> u64 {
+    let head = size_of::<RawExtension>() as u64;
+    extensions
+        .iter()
+        .map(|extension| head.saturating_add((extension.data().len() as u64).next_multiple_of(8)))
+        .fold(head, u64::saturating_add)
+}
+
 fn append(kind: u32, len: u32, data: &[u8], bytes: &mut Vec<u8>) {
     let head = RawExtension {
         kind: U32::new(kind),

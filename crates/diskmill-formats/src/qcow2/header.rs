@@ -440,6 +440,18 @@ impl Header {
         Ok(bytes)
     }
 
+    /// Where the backing file's name is, if there is one: behind the extensions.
+    pub fn name_at(&self) -> u64 {
+        let extensions = extension::len_of_all(&self.extensions);
+        u64::from(self.header_length()).saturating_add(extensions)
+    }
+
+    /// Bytes of the header, the extensions and the backing file's name.
+    pub fn len(&self) -> u64 {
+        let name = self.backing_name.as_ref().map_or(0, Vec::len);
+        self.name_at().saturating_add(name as u64)
+    }
+
     /// Bytes of the header proper: 72 in version 2; at least 104, and normally 112, in version 3.
     pub fn header_length(&self) -> u32 {
         match (self.version, &self.tail) {

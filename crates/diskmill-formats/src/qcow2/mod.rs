@@ -10,6 +10,7 @@
 //!
 //! All integers are big-endian, and all structures but compressed data start on a cluster.
 
+mod backing;
 pub mod bitmap;
 mod cache;
 mod check;

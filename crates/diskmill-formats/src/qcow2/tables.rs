@@ -16,6 +16,7 @@
 
 mod order;
 mod packed;
+mod rewrite;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;

@@ -5,11 +5,11 @@
 //! those for the same one after another.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
-    Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format, GuestOffset,
+    BackingName, Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format, GuestOffset,
     HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, SnapshotFacts, Snapshots,
     State as RunState, Storage, StorageMut, Stored, ZeroHow,
 };
@@ -72,7 +72,7 @@ pub(crate) struct Image {
     pub(super) geometry: Geometry,
     pub(super) decoders: Decoders,
     /// Whether there is a backing image, as the header says.
-    pub(super) backed: bool,
+    pub(super) backed: AtomicBool,
     /// Whether the external data file is a raw image on its own.
     pub(super) raw_data_file: bool,
     pub(super) has_bitmaps: bool,
@@ -154,7 +154,7 @@ impl Image {
             facts,
             geometry,
             decoders: Decoders::new(header.compression_type, geometry),
-            backed: header.backing_name.is_some(),
+            backed: AtomicBool::new(header.backing_name.is_some()),
             raw_data_file: geometry.data_file() && header.autoclear.has(Autoclear::RAW_DATA_FILE),
             has_bitmaps,
             unmap: how.unmap,
@@ -206,6 +206,11 @@ impl Image {
         } = &mut *state;
         let result = change(tables, snapshots);
         self.notice(&mut state, result)
+    }
+
+    /// Whether there is a backing image, as the header says.
+    pub(super) fn is_backed(&self) -> bool {
+        self.backed.load(Ordering::Acquire)
     }
 
     /// The internal snapshots.
@@ -538,6 +543,10 @@ impl LayerMut for Image {
         }
         let _flight = self.flights.hold(self.clusters(&range), Hold::Alone);
         self.reserve_held(range, how)
+    }
+
+    fn set_backing(&self, backing: Option<&BackingName>) -> Result<()> {
+        self.change_backing(backing)
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

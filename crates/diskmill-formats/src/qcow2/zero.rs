@@ -108,7 +108,7 @@ impl Image {
     /// Zeros whole granules. Where that takes data, none is written from `limit` on.
     fn zero_whole(&self, range: Range<u64>, limit: u64, how: ZeroHow, below: &Chain) -> Result<()> {
         let cluster = self.geometry.cluster_size();
-        let bare = below.is_empty() && !self.backed;
+        let bare = below.is_empty() && !self.is_backed();
         let mut at = range.start;
         while at < range.end {
             let start = GuestOffset::new(at);
@@ -173,7 +173,7 @@ impl Image {
 
     /// Gives back the whole clusters of `range`, which are held. They read as zeros afterwards.
     pub(super) fn discard_held(&self, range: Range<u64>) -> Result<()> {
-        if self.geometry.version() == Version::V2 && self.backed {
+        if self.geometry.version() == Version::V2 && self.is_backed() {
             // There is no way to say zero: the layer below would show through.
             return Ok(());
         }
@@ -199,7 +199,7 @@ impl Image {
         let mut at = first;
         while at < last {
             let start = GuestOffset::new(at);
-            if !self.backed && !self.look(|tables| tables.has_l2(start))? {
+            if !self.is_backed() && !self.look(|tables| tables.has_l2(start))? {
                 let covers = self.geometry.l1_entry_covers();
                 at = (at - at % covers).saturating_add(covers);
                 continue;
@@ -211,7 +211,7 @@ impl Image {
                     ..Slot::ABSENT
                 };
                 let new = match old.place {
-                    Place::Nowhere if !self.backed => old,
+                    Place::Nowhere if !self.is_backed() => old,
                     _ if self.geometry.version() == Version::V2 => Slot::ABSENT,
                     _ => zero,
                 };
