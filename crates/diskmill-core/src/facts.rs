@@ -58,6 +58,10 @@ pub struct BitmapFacts {
     pub name: String,
     /// The guest bytes a bit stands for.
     pub granularity: u64,
+    /// Whether changes are recorded in it.
+    pub enabled: bool,
+    /// It was not closed properly and may lack changes: it can only be removed.
+    pub inconsistent: bool,
 }
 
 /// What an image says of itself when it is opened. Nothing in it changes afterwards.

@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::{
-    BackingName, Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, GuestOffset, HostSpan, Result, Snapshots,
-    Storage, Stored, ZeroHow,
+    BackingName, Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, GuestOffset, HostSpan, Result,
+    Snapshots, Storage, Stored, ZeroHow,
 };
 
 /// One image, open for reading. It answers for itself alone: what is absent is for the [`Chain`] to ask below.
@@ -39,6 +39,16 @@ pub trait Layer: Send + Sync + Debug {
     fn kept(&self, at: GuestOffset, max: u64) -> Result<(Option<HostSpan>, u64)> {
         let _ = at;
         Ok((None, max))
+    }
+
+    /// What the dirty bitmap `name` says is dirty. An error with a [`BitmapError`] if there is none, or if it is
+    /// inconsistent.
+    fn dirty(&self, name: &str) -> Result<Box<dyn DirtyRuns>> {
+        let _ = name;
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            BitmapError::Unsupported(self.facts().format),
+        ))
     }
 }
 
@@ -79,7 +89,8 @@ pub trait LayerMut: Layer {
     /// Tells the image that the bytes of `range` are not needed. Only whole units are given back.
     fn discard(&self, range: Range<GuestOffset>) -> Result<()>;
 
-    /// Gives all data back, so that the layer below shows through everywhere.
+    /// Gives all data back, so that the layer below shows through everywhere. That layer is taken to hold the same
+    /// by now, so that nothing counts as changed in dirty bitmaps.
     fn clear(&self) -> Result<()>;
 
     /// Changes the virtual size. New bytes read as zeros.
@@ -113,6 +124,11 @@ pub trait LayerMut: Layer {
         None
     }
 
-    /// Returns when all that was written is durable and reachable.
+    /// Its dirty bitmaps, if the format has them.
+    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
+        None
+    }
+
+    /// Returns when all that was written is durable and reachable, and recorded in dirty bitmaps.
     fn flush(&self) -> Result<()>;
 }

@@ -11,6 +11,7 @@
 //! Data flows one way: storage, then format layer, then chain, then operation, then front end.
 #![forbid(unsafe_code)]
 
+mod bitmaps;
 mod builder;
 mod chain;
 mod driver;
@@ -26,6 +27,7 @@ mod snapshots;
 mod storage;
 mod units;
 
+pub use bitmaps::{BitmapError, Bitmaps, DirtyRuns, NewBitmap};
 pub use builder::{Builder, Durability, EncodedKind, Encoder, Finish, QueuedWrite, Run, Stored, Writes};
 pub use chain::{Chain, Resolved};
 pub use driver::{

@@ -237,6 +237,8 @@ pub fn facts(bitmap: &Bitmap) -> BitmapFacts {
     BitmapFacts {
         name: bitmap.name.clone(),
         granularity: 1_u64.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
+        enabled: bitmap.auto,
+        inconsistent: bitmap.in_use,
     }
 }
 

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
-    BackingName, Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format, GuestOffset,
-    HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, SnapshotFacts, Snapshots,
-    State as RunState, Storage, StorageMut, Stored, ZeroHow,
+    BackingName, Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format,
+    GuestOffset, HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, SnapshotFacts,
+    Snapshots, State as RunState, Storage, StorageMut, Stored, ZeroHow,
 };
 
 use super::bitmap;

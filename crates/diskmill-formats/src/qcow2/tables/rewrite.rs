@@ -55,7 +55,12 @@ impl Tables {
         if !overlaps(&old, &new, old_len) {
             return self.switch_header(&old, &new);
         }
-        match hop(&header, &new, new_len, old_len.max(new_len).next_multiple_of(SECTOR)) {
+        match hop(
+            &header,
+            &new,
+            new_len,
+            old_len.max(new_len).next_multiple_of(SECTOR),
+        ) {
             Some(hop) => {
                 self.switch_header(&old, &hop)?;
                 self.switch_header(&hop, &beside(&new, &hop, new_len))?;
@@ -103,7 +108,10 @@ fn first(bytes: &[u8]) -> Option<&[u8]> {
 
 /// Bytes up to the last one that is not zero.
 fn used(bytes: &[u8]) -> usize {
-    bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last.saturating_add(1))
+    bytes
+        .iter()
+        .rposition(|byte| *byte != 0)
+        .map_or(0, |last| last.saturating_add(1))
 }
 
 /// Whole sectors from byte `from` on that hold all differences between `old` and `new`, which are equally long.
@@ -113,7 +121,9 @@ fn changed(old: &[u8], new: &[u8], from: usize) -> Range<usize> {
     let start = pairs().find_map(differs);
     let end = pairs().filter_map(differs).last();
     match (start, end) {
-        (Some(start), Some(end)) => start / SECTOR * SECTOR..(end / SECTOR).saturating_add(1).saturating_mul(SECTOR),
+        (Some(start), Some(end)) => {
+            start / SECTOR * SECTOR..(end / SECTOR).saturating_add(1).saturating_mul(SECTOR)
+        }
         _ => from..from,
     }
 }
@@ -138,13 +148,16 @@ fn hop(header: &Header, new: &[u8], new_len: usize, at: usize) -> Option<Vec<u8>
     let mut hop = new.to_vec();
     hop.get_mut(moved..)?.fill(0);
     let len = new_len.checked_sub(moved)?;
-    hop.get_mut(at..at.checked_add(len)?)?.copy_from_slice(new.get(moved..new_len)?);
+    hop.get_mut(at..at.checked_add(len)?)?
+        .copy_from_slice(new.get(moved..new_len)?);
     if header.backing_name.is_some() {
         let offset = at.checked_add(name.checked_sub(moved)?)? as u64;
-        hop.get_mut(BACKING_OFFSET)?.copy_from_slice(&offset.to_be_bytes());
+        hop.get_mut(BACKING_OFFSET)?
+            .copy_from_slice(&offset.to_be_bytes());
     }
     if header.version == Version::V3 {
-        hop.get_mut(HEADER_LENGTH)?.copy_from_slice(&u32::try_from(at).ok()?.to_be_bytes());
+        hop.get_mut(HEADER_LENGTH)?
+            .copy_from_slice(&u32::try_from(at).ok()?.to_be_bytes());
     }
     Some(hop)
 }
