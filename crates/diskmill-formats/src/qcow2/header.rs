@@ -447,7 +447,7 @@ impl Header {
     }
 
     /// Bytes of the header, the extensions and the backing file's name.
-    pub fn len(&self) -> u64 {
+    pub fn total_len(&self) -> u64 {
         let name = self.backing_name.as_ref().map_or(0, Vec::len);
         self.name_at().saturating_add(name as u64)
     }

@@ -44,23 +44,21 @@ impl Tables {
         let mut header = Header::parse(&old)?;
         edit(&mut header)?;
         let room = self.geometry.cluster_size();
-        let len = header.len();
+        let len = header.total_len();
         if len > room {
             return Err(Error::new(ErrorKind::NoSpace, HeaderRoom { len, room }));
         }
         let mut new = header.to_bytes()?;
         let new_len = new.len();
         new.resize(old.len(), 0);
-        let old_len = used(&old);
-        if !overlaps(&old, &new, old_len) {
+        if changed(&old, &new, 0).len() <= SECTOR {
+            self.write_sectors(&old, &new, 0)?;
+            return self.fence.sync();
+        }
+        if !overlaps(&old, &new) {
             return self.switch_header(&old, &new);
         }
-        match hop(
-            &header,
-            &new,
-            new_len,
-            old_len.max(new_len).next_multiple_of(SECTOR),
-        ) {
+        match hop(&header, &old, &new, new_len) {
             Some(hop) => {
                 self.switch_header(&old, &hop)?;
                 self.switch_header(&hop, &beside(&new, &hop, new_len))?;
@@ -119,7 +117,7 @@ fn changed(old: &[u8], new: &[u8], from: usize) -> Range<usize> {
     let pairs = || old.iter().zip(new).enumerate().skip(from);
     let differs = |(index, (old, new)): (usize, (&u8, &u8))| (old != new).then_some(index);
     let start = pairs().find_map(differs);
-    let end = pairs().filter_map(differs).last();
+    let end = pairs().filter_map(differs).next_back();
     match (start, end) {
         (Some(start), Some(end)) => {
             start / SECTOR * SECTOR..(end / SECTOR).saturating_add(1).saturating_mul(SECTOR)
@@ -128,14 +126,16 @@ fn changed(old: &[u8], new: &[u8], from: usize) -> Range<usize> {
     }
 }
 
-/// Whether putting `new` in place changes sectors, other than the first, that `old` uses up to byte `old_len`.
-fn overlaps(old: &[u8], new: &[u8], old_len: usize) -> bool {
+/// Whether putting `new` in place changes sectors, other than the first, that `old` uses.
+fn overlaps(old: &[u8], new: &[u8]) -> bool {
     let beyond = changed(old, new, SECTOR);
-    !beyond.is_empty() && beyond.start < old_len
+    !beyond.is_empty() && beyond.start < used(old)
 }
 
-/// The header `new` with its extensions and its name at `at` instead, or `None` if they do not fit there.
-fn hop(header: &Header, new: &[u8], new_len: usize, at: usize) -> Option<Vec<u8>> {
+/// The header `new` with its extensions and its name behind all that is used, and up to there what `old` has behind its
+/// first sector; `None` if they do not fit.
+fn hop(header: &Header, old: &[u8], new: &[u8], new_len: usize) -> Option<Vec<u8>> {
+    let at = used(old).max(new_len).next_multiple_of(SECTOR);
     let name = usize::try_from(header.name_at()).ok()?;
     // Version 2 has no field that says where the extensions are: only the name can move.
     let moved = match header.version {
@@ -145,8 +145,9 @@ fn hop(header: &Header, new: &[u8], new_len: usize, at: usize) -> Option<Vec<u8>
     if moved > SECTOR {
         return None;
     }
-    let mut hop = new.to_vec();
-    hop.get_mut(moved..)?.fill(0);
+    let mut hop = old.to_vec();
+    hop.get_mut(..SECTOR)?.fill(0);
+    hop.get_mut(..moved)?.copy_from_slice(new.get(..moved)?);
     let len = new_len.checked_sub(moved)?;
     hop.get_mut(at..at.checked_add(len)?)?
         .copy_from_slice(new.get(moved..new_len)?);
