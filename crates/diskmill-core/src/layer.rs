@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::{
-    BackingName, Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, GuestOffset, HostSpan, Result,
-    Snapshots, Storage, Stored, ZeroHow,
+    BackingName, BitmapError, Bitmaps, Chain, DirtyRuns, Encoder, Error, ErrorKind, Extent, Facts, FileIndex,
+    GuestOffset, HostSpan, Result, Snapshots, Storage, Stored, ZeroHow,
 };
 
 /// One image, open for reading. It answers for itself alone: what is absent is for the [`Chain`] to ask below.
