@@ -5,8 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::{
-    BackingName, BitmapFacts, Builder, CheckReport, Facts, FileIndex, Format, GuestOffset, Job, Layer,
-    LayerMut, Limits, OptionSpec, Options, Repair, Result, Storage, StorageMut,
+    BackingName, BitmapFacts, Builder, CheckReport, CompactReport, CompactSpec, Error, ErrorKind, Facts,
+    FileIndex, Format, GuestOffset, Job, Layer, LayerMut, Limits, OptionSpec, Options, Repair, Result,
+    Storage, StorageMut,
 };
 
 /// How sure a driver is that bytes are its format.
@@ -238,8 +239,45 @@ pub trait Parsed: Debug + Send {
         job: Job<'_>,
     ) -> Result<CheckReport>;
 
+    /// Makes the image's file as small as what it holds, in place: gives back space that nothing refers to or that holds
+    /// only zeros, and moves what is behind it down. What can be read of the image, its snapshots and its bitmaps stays
+    /// the same.
+    ///
+    /// A power cut at any moment leaves an image that reads the same; space may leak. An error of kind
+    /// [`Corrupt`](ErrorKind::Corrupt) if the image contradicts itself: nothing has been changed then.
+    fn compact(
+        self: Box<Self>,
+        files: FilesMut,
+        how: &OpenSpec,
+        spec: &CompactSpec,
+        job: Job<'_>,
+    ) -> Result<CompactReport> {
+        let _ = (files, how, spec, job);
+        Err(cannot_compact(self.facts().format))
+    }
+
+    /// What [`compact`](Self::compact) would do. Nothing is changed.
+    fn plan_compact(
+        self: Box<Self>,
+        files: Files,
+        how: &OpenSpec,
+        spec: &CompactSpec,
+        job: Job<'_>,
+    ) -> Result<CompactReport> {
+        let _ = (files, how, spec, job);
+        Err(cannot_compact(self.facts().format))
+    }
+
     /// The file a reference belongs to, given its place among the references that are not the backing image.
     fn file_index(&self, reference: usize) -> FileIndex {
         FileIndex(u16::try_from(reference.saturating_add(1)).unwrap_or(u16::MAX))
     }
+}
+
+fn cannot_compact(format: Format) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("images in {format} format cannot be compacted"),
+    )
+    .format(format)
 }

@@ -14,6 +14,7 @@
 mod bitmaps;
 mod builder;
 mod chain;
+mod compact;
 mod driver;
 mod error;
 mod extent;
@@ -30,6 +31,7 @@ mod units;
 pub use bitmaps::{BitmapError, Bitmaps, DirtyRuns, NewBitmap};
 pub use builder::{Builder, Durability, EncodedKind, Encoder, Finish, QueuedWrite, Run, Stored, Writes};
 pub use chain::{Chain, Resolved};
+pub use compact::{CompactReport, CompactSpec};
 pub use driver::{
     Access, Compression, CreateSpec, DataRuns, Driver, Files, FilesMut, Match, Measure, OpenSpec, OutputName,
     OutputSpec, Parsed, Reference, Role, Sample,
