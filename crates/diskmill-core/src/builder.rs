@@ -217,6 +217,11 @@ pub trait Builder: Send {
     /// The files it writes, by [`FileIndex`].
     fn files(&self) -> &[Arc<dyn StorageMut>];
 
+    /// Whether data must come through an [`encoder`](Self::encoder), since it is only stored compressed.
+    fn packs(&self) -> bool {
+        false
+    }
+
     /// An encoder for one worker.
     fn encoder(&self) -> Result<Box<dyn Encoder>>;
 

@@ -95,6 +95,9 @@ pub struct OpenSpec {
     pub options: Options,
     /// Pass discards on to the files.
     pub unmap: bool,
+    /// The number to take when the content is first changed, in formats that keep one; `None` derives it from the
+    /// old one.
+    pub content_id: Option<u32>,
     /// Open it only to be checked: what a check reports must not keep it from being opened.
     pub for_check: bool,
 }
@@ -118,6 +121,12 @@ pub struct CreateSpec {
     pub backing: Option<BackingName>,
     /// Compress the data.
     pub compression: Option<Compression>,
+    /// The name the main file is to have, without its directory: formats of several files name the others after it.
+    pub name: Option<String>,
+    /// What the backing image says of itself, if it was opened.
+    pub backing_facts: Option<Box<Facts>>,
+    /// The number that tells the content, in formats that keep one; `None` derives it from the rest.
+    pub content_id: Option<u32>,
 }
 
 impl CreateSpec {
@@ -135,8 +144,10 @@ impl CreateSpec {
 pub enum OutputName {
     /// The name the user gave.
     Main,
-    /// Another name, relative to the main file's directory.
+    /// Another name, found as names of data files are.
     Named(String),
+    /// A name without a directory: the file goes beside the main one.
+    Beside(String),
 }
 
 /// A file to create for a new image.

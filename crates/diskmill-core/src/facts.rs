@@ -1,6 +1,6 @@
 //! What an image says of itself.
 
-use crate::Format;
+use crate::{FileIndex, Format};
 
 /// A value of a format's own, in the order it is shown.
 ///
@@ -15,6 +15,8 @@ pub enum Value {
     Int(u64),
     /// Text.
     Text(String),
+    /// The name of one of the image's own files, which only who opened it knows.
+    File(FileIndex),
     /// Several values.
     List(Vec<Value>),
     /// Named values.
@@ -90,6 +92,12 @@ pub struct Facts {
     pub bitmaps: Option<Vec<BitmapFacts>>,
     /// What only its format has: `format-specific` in the JSON of `info`.
     pub specific: Option<Value>,
+    /// What `qemu-img` does not show of it, for front ends that do: a `Map`.
+    pub details: Option<Value>,
+    /// A number that changes when the disk's content does, where the format keeps one.
+    pub content_id: Option<u32>,
+    /// The number its backing image must have, if the image says.
+    pub backing_content_id: Option<u32>,
 }
 
 impl Facts {
@@ -107,6 +115,9 @@ impl Facts {
             snapshots: Vec::new(),
             bitmaps: None,
             specific: None,
+            details: None,
+            content_id: None,
+            backing_content_id: None,
         }
     }
 }

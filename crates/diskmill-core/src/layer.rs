@@ -29,6 +29,11 @@ pub trait Layer: Send + Sync + Debug {
     /// The storage a [`HostSpan`](crate::HostSpan) of this layer speaks of.
     fn file(&self, index: FileIndex) -> Option<&Arc<dyn Storage>>;
 
+    /// The number that tells the content, as it is now, where the format keeps one.
+    fn content_id(&self) -> Option<u32> {
+        self.facts().content_id
+    }
+
     /// Whether what is stored may well be holes of the host, so that a map should ask the storage for them.
     fn is_hollow(&self) -> Result<bool> {
         Ok(false)

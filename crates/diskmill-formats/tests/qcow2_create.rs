@@ -46,7 +46,7 @@ fn store(spec: &CreateSpec, image: &Image, dir: &Scratch, name: &str) -> PathBuf
     for (output, file) in DRIVER.outputs(spec).unwrap().iter().zip(image) {
         let name = match &output.name {
             OutputName::Main => name,
-            OutputName::Named(name) => name,
+            OutputName::Named(name) | OutputName::Beside(name) => name,
         };
         let path = dir.file(name, &[]);
         let file_out = std::fs::File::options().write(true).open(&path).unwrap();
@@ -407,7 +407,7 @@ fn on_disk(spec: &CreateSpec, dir: &Scratch, name: &str) -> PathBuf {
         .into_iter()
         .map(|output| match output.name {
             OutputName::Main => dir.file(name, &[]),
-            OutputName::Named(name) => dir.file(&name, &[]),
+            OutputName::Named(name) | OutputName::Beside(name) => dir.file(&name, &[]),
         });
     let names: Vec<_> = names.by_ref().collect();
     let next = std::cell::Cell::new(0);

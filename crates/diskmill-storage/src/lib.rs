@@ -20,6 +20,7 @@ mod memory;
 #[allow(unsafe_code)]
 mod os;
 mod pipe;
+mod random;
 mod staged;
 mod throttle;
 mod window;
@@ -33,6 +34,7 @@ pub use file::{File, FileId, FileOptions};
 pub use lock::{LockByteError, LockError, LockPlan, Permissions};
 pub use memory::Memory;
 pub use pipe::{PipeIn, PipeOut};
+pub use random::random_u32;
 pub use staged::{InPlace, StageOptions, Staged};
 pub use throttle::RateLimit;
 pub use window::Window;

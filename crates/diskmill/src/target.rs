@@ -111,9 +111,10 @@ fn is_stdout(path: &Path) -> bool {
 fn output_path(main: &Path, name: &OutputName, policy: &References) -> PathBuf {
     match (name, main.parent(), policy) {
         (OutputName::Main, ..) => main.to_owned(),
+        (OutputName::Beside(name), Some(dir), _) => dir.join(name),
         (OutputName::Named(name), Some(dir), References::Beneath { .. } | References::None { .. }) => {
             dir.join(name)
         }
-        (OutputName::Named(name), ..) => name.into(),
+        (OutputName::Named(name) | OutputName::Beside(name), ..) => name.into(),
     }
 }

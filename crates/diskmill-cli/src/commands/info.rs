@@ -104,6 +104,9 @@ fn to_json(info: &ImageInfo, ui: &Ui) -> Json {
         let specific = Json::object([("type", Json::text(kind)), ("data", value_json(data))]);
         pairs.push(("format-specific", specific));
     }
+    if let (Some(details), false) = (&info.details, ui.drop_in()) {
+        pairs.push(("details", value_json(details)));
+    }
     let children = info
         .children
         .iter()
@@ -200,6 +203,10 @@ fn to_text(info: &ImageInfo, ui: &Ui) -> String {
     }
     out.0.push_str(&snapshot_table(&info.snapshots, ui));
     specific(&mut out, 0, info, ui);
+    if let (Some(details), false) = (&info.details, ui.drop_in()) {
+        out.line(0, format_args!("Details:"));
+        values(&mut out, 4, &value_json(details), ui);
+    }
     for child in &info.children {
         let node = &child.info;
         out.line(0, format_args!("Child node '/{}':", child.name));

@@ -180,7 +180,12 @@ impl<'a> Opener<'a> {
                 }
             };
         }
-        let path = resolve_name(from, OsStr::from_bytes(name.as_bytes()));
+        self.permitted_path(resolve_name(from, OsStr::from_bytes(name.as_bytes())), name)
+    }
+
+    /// The spec of the path `path`, which an image calls `name`.
+    fn permitted_path(&self, path: PathBuf, name: &str) -> Result<ImageSpec> {
+        let policy = &self.request.policy;
         let path = policy.permit(self.request.spec.path(), path, name)?;
         let mut spec = ImageSpec::from_path(path);
         spec.file.judged = *policy != References::Any;
@@ -190,9 +195,12 @@ impl<'a> Opener<'a> {
     /// Opens all that `top` is backed by and lets go of it: whether it is there.
     pub(crate) fn demand_backing(&mut self, top: &Understood) -> Result<()> {
         let next = self.backing_of(top, &self.request.spec)?;
+        let mut node = top.node(&[]);
+        // Whether it is the right one is not what is asked.
+        node.facts.backing_content_id = None;
         let mut image = Image {
             chain: Chain::default(),
-            nodes: vec![top.node(&[])],
+            nodes: vec![node],
         };
         self.open_below(next, &mut image)
     }
@@ -204,7 +212,10 @@ impl<'a> Opener<'a> {
         while let Some(backing) = next {
             let opened = self.understand_backing(&backing).and_then(|understood| {
                 let next = self.backing_of(&understood, &backing.spec)?;
-                Ok((self.attach(understood)?, next))
+                let (layer, node) = self.attach(understood)?;
+                check_content(image.nodes.last(), &layer)
+                    .map_err(|error| error.op("open").path(backing.spec.path()))?;
+                Ok(((layer, node), next))
             });
             let ((layer, node), further) = opened.map_err(|error| in_chain(error, &image.nodes))?;
             layers.push(layer);
@@ -217,12 +228,21 @@ impl<'a> Opener<'a> {
 
     fn attach(&self, image: Understood) -> Result<(Arc<dyn Layer>, Node)> {
         let data = self.data_files(&image, Access::Read)?;
+        self.attach_with(image, &data)
+    }
+
+    /// Opens `image` for reading with its further files, which [`data_files`](Self::data_files) opened.
+    pub(crate) fn attach_with(
+        &self,
+        image: Understood,
+        data: &[(Role, Arc<File>)],
+    ) -> Result<(Arc<dyn Layer>, Node)> {
         let files: Files = self
-            .hosts(&image, &data)
+            .hosts(&image, data)
             .into_iter()
             .map(|(role, file)| (role, file as Arc<dyn Storage>))
             .collect();
-        let mut node = image.node(&data);
+        let mut node = image.node(data);
         let path = image.file.path().to_owned();
         let layer = image
             .parsed
@@ -260,9 +280,13 @@ impl<'a> Opener<'a> {
                 continue;
             }
             let file = self
-                .data_file(image, &reference.name.name, access)
+                .data_file(image, reference.role, &reference.name.name, access)
                 .map_err(|error| {
-                    Error::new(error.kind(), OpenError::DataFile(error))
+                    let error_of = match reference.role {
+                        Role::Extent(_) => OpenError::ExtentFile,
+                        _ => OpenError::DataFile,
+                    };
+                    Error::new(error.kind(), error_of(error))
                         .op("open")
                         .path(image.file.path())
                 })?;
@@ -271,13 +295,19 @@ impl<'a> Opener<'a> {
         Ok(files)
     }
 
-    fn data_file(&self, image: &Understood, name: &str, access: Access) -> Result<File> {
+    fn data_file(&self, image: &Understood, role: Role, name: &str, access: Access) -> Result<File> {
+        let extent = matches!(role, Role::Extent(_));
         let said = match self.seen.len() {
-            ..=1 => self.request.spec.data_file.as_ref(),
+            ..=1 if !extent => self.request.spec.data_file.as_ref(),
             _ => None,
         };
         let (spec, file) = match said {
             Some(file) => (self.request.spec.clone(), file.clone()),
+            None if extent => {
+                let spec = self.permitted_path(beside(image.file.path(), name), name)?;
+                let file = spec.file.clone();
+                (spec, file)
+            }
             None => {
                 // QEMU takes the name of a data file as one its caller could have typed.
                 let from = match self.request.policy {
@@ -316,6 +346,26 @@ impl Understood {
             probed: self.probed,
             looks_like: self.looks_like,
         }
+    }
+}
+
+/// Whether `below` has the content that the image `above` was made for, where both keep count of that.
+fn check_content(above: Option<&Node>, below: &Arc<dyn Layer>) -> Result<()> {
+    let wanted = above.and_then(|node| node.facts.backing_content_id);
+    match (wanted, below.content_id()) {
+        (Some(wanted), Some(found)) if wanted != found => Err(Error::new(
+            ErrorKind::Corrupt,
+            OpenError::BackingChanged { wanted, found },
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The path of an extent file, which is no name anybody types: nothing in it is a protocol.
+fn beside(from: &Path, name: &str) -> PathBuf {
+    match from.parent() {
+        Some(dir) => dir.join(name),
+        None => name.into(),
     }
 }
 

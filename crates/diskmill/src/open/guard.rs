@@ -73,6 +73,10 @@ impl Layer for Guarded {
         self.inner.file(index)
     }
 
+    fn content_id(&self) -> Option<u32> {
+        self.inner.content_id()
+    }
+
     fn is_hollow(&self) -> Result<bool> {
         self.inner.is_hollow()
     }

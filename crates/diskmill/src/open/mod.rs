@@ -151,6 +151,20 @@ pub enum OpenError {
     /// Its data file did not open; the inner error names it.
     #[error("data file not opened")]
     DataFile(#[source] Error),
+    /// A file with a part of its disk did not open; the inner error names it.
+    #[error("extent file not opened")]
+    ExtentFile(#[source] Error),
+    /// Its backing image is another one than it was made for, or was written to since.
+    #[error(
+        "its content id is {found:08x} and its overlay was made for {wanted:08x}: it was changed since, and the \
+         overlay's data fits no longer"
+    )]
+    BackingChanged {
+        /// The content id the overlay names.
+        wanted: u32,
+        /// The one the backing image has.
+        found: u32,
+    },
     /// The file is not of the format it was said to have.
     #[error("image is not in {0} format")]
     NotInFormat(Format),

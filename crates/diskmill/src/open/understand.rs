@@ -92,6 +92,7 @@ impl Understood {
         how.options = spec.options.clone();
         how.unmap = spec.settings.unmap.unwrap_or(request.unmap);
         how.for_check = for_check;
+        how.content_id = diskmill_storage::random_u32();
         if let Place::Top(_) = place {
             how.snapshot.clone_from(&request.snapshot);
         }

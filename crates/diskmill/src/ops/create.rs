@@ -1,11 +1,13 @@
 //! Making a new, empty image.
 
+use std::path::Path;
+
 use diskmill_core::{
-    BackingName, CreateSpec, Driver, Durability, Error, ErrorKind, Finish, Format, GuestOffset, Job, Limits,
-    OptionError, OptionKind, Options, Result, Run, SECTOR,
+    BackingName, CreateSpec, Driver, Durability, Error, ErrorKind, Facts, Finish, Format, GuestOffset, Job,
+    Limits, OptionError, OptionKind, Options, Result, Run, SECTOR,
 };
 use diskmill_formats::registry;
-use diskmill_storage::CacheMode;
+use diskmill_storage::{CacheMode, random_u32};
 
 use crate::open::{self, Image, OpenRequest};
 use crate::policy::References;
@@ -122,6 +124,7 @@ pub struct Creation {
     options: Options,
     backing: Option<String>,
     backing_format: Option<String>,
+    backing_facts: Option<Box<Facts>>,
     durability: Durability,
     policy: References,
 }
@@ -146,9 +149,11 @@ fn check(request: &CreateRequest) -> Result<Creation> {
         request.backing_format.as_deref(),
     );
     let mut size = request.size.or(size_option);
+    let mut backing_facts = None;
     if let Some(name) = &backing {
         check_backing(driver, &request.target, name)?;
-        let detected = if request.unchecked {
+        // An overlay that tells its backing image by what is in it cannot do without.
+        let detected = if request.unchecked && driver.format() != Format::Vmdk {
             None
         } else {
             let like = OpenRequest {
@@ -160,10 +165,9 @@ fn check(request: &CreateRequest) -> Result<Creation> {
             };
             let image = open_backing(&request.target, name, backing_format.as_deref(), &like)?;
             size = size.or_else(|| Some(image.chain.virtual_size()));
-            image
-                .nodes
-                .first()
-                .map(|node| node.facts.format.name().to_owned())
+            let node = image.nodes.first();
+            backing_facts = node.map(|node| Box::new(node.facts.clone()));
+            node.map(|node| node.facts.format.name().to_owned())
         };
         if backing_format.is_none() {
             return Err(CreateError::BackingFormatMissing { detected }.usage());
@@ -179,6 +183,7 @@ fn check(request: &CreateRequest) -> Result<Creation> {
         options,
         backing,
         backing_format,
+        backing_facts,
         durability: request.durability,
         policy: request.policy.clone(),
     };
@@ -204,6 +209,8 @@ impl Creation {
             name,
             format: self.backing_format,
         });
+        spec.backing_facts = self.backing_facts;
+        name_it(&mut spec, self.target.path());
         let outputs = self.driver.outputs(&spec)?;
         let target = Target::create(self.target.path(), &outputs, CacheMode::Writeback, &self.policy)?;
         let files = target.files();
@@ -253,6 +260,12 @@ impl Creation {
 /// Plans and makes an image.
 pub fn run(request: &CreateRequest, job: Job<'_>) -> Result<()> {
     plan(request)?.run(job)
+}
+
+/// Tells a driver what the image in the file `path` is to be called, by people and by its overlays.
+pub(crate) fn name_it(spec: &mut CreateSpec, path: &Path) {
+    spec.name = path.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+    spec.content_id = random_u32();
 }
 
 /// The driver that makes images of the format called `name`.

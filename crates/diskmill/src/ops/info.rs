@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 
-use diskmill_core::{Access, Error, Result, SECTOR, SnapshotFacts, Storage, Value};
+use diskmill_core::{Access, Error, Reference, Result, Role, SECTOR, SnapshotFacts, Storage, Value};
 use diskmill_storage::File;
 
 use crate::open::{OpenError, OpenRequest, Opener, Understood, resolve_name};
@@ -38,6 +38,8 @@ pub struct ImageInfo {
     pub snapshots: Vec<SnapshotFacts>,
     /// What only its format has: its type and its data.
     pub format_specific: Option<(String, Value)>,
+    /// What `qemu-img` does not show of it, for people and tools that want to know.
+    pub details: Option<Value>,
     /// A container or a further format that the bytes look like, for people: `qemu-img` does not say it.
     pub looks_like: Option<&'static str>,
     /// Its files.
@@ -56,7 +58,8 @@ pub struct Child {
 
 /// What an image says of itself: one element, or with `backing_chain` one for each image of the chain, overlay first.
 ///
-/// Without `backing_chain` no other file is opened than the one that was named. The request's `backing` is ignored.
+/// Without `backing_chain` no other file is opened than the one that was named and those that hold parts of its disk.
+/// The request's `backing` is ignored.
 /// An error is that of the image it names: it does not say which images led there.
 pub fn gather(request: &OpenRequest, backing_chain: bool) -> Result<Vec<ImageInfo>> {
     let mut opener = Opener::new(request);
@@ -69,7 +72,7 @@ pub fn gather(request: &OpenRequest, backing_chain: bool) -> Result<Vec<ImageInf
             true => opener.backing_of(&image, &own).map_err(without_overlay)?,
             false => None,
         };
-        infos.push(describe(&image)?);
+        infos.push(describe(&opener, image)?);
         image = match next {
             Some(backing) => opener.understand_backing(&backing)?,
             None => return Ok(infos),
@@ -92,40 +95,84 @@ fn without_overlay(error: Error) -> Error {
     }
 }
 
-fn describe(image: &Understood) -> Result<ImageInfo> {
+fn describe(opener: &Opener<'_>, image: Understood) -> Result<ImageInfo> {
     let file = describe_file(&image.file)?;
     if image.bare {
         return Ok(file);
     }
-    let facts = image.parsed.facts();
+    let (shown, driver, looks_like) = (image.shown.clone(), image.driver, image.looks_like);
+    let path = image.file.path().to_owned();
+    let is_extent = |reference: &Reference| matches!(reference.role, Role::Extent(_));
+    let mut names = vec![file.filename.clone()];
+    let mut children = Vec::new();
+    let mut actual_size = file.actual_size;
+    // What is known of a disk in several files depends on them all.
+    let facts = if image.parsed.references().iter().any(is_extent) {
+        let files = opener.data_files(&image, Access::Read)?;
+        for (index, (_, extent)) in files.iter().enumerate() {
+            let info = describe_file(extent)?;
+            names.push(info.filename.clone());
+            actual_size = actual_size
+                .zip(info.actual_size)
+                .map(|(sum, more)| sum.saturating_add(more));
+            // The last comes first, as in QEMU's list.
+            children.insert(
+                0,
+                Child {
+                    name: format!("extents.{index}"),
+                    info,
+                },
+            );
+        }
+        opener.attach_with(image, &files)?.0.facts().clone()
+    } else {
+        image.parsed.facts().clone()
+    };
+    children.push(Child {
+        name: "file".to_owned(),
+        info: file,
+    });
     let backing = facts.backing.as_ref();
+    let named = |value: &Option<Value>| value.clone().map(|value| with_names(value, &names));
     Ok(ImageInfo {
-        filename: image.shown.clone(),
-        format: image.driver.format().name().to_owned(),
+        filename: shown,
+        format: driver.format().name().to_owned(),
         virtual_size: facts.virtual_size,
-        actual_size: file.actual_size,
+        actual_size,
         dirty: facts.dirty,
         cluster_size: facts.unit,
         encrypted: facts.encrypted,
         compressed: facts.compressed == Some(true),
         backing_filename: backing.map(|backing| backing.name.clone()),
         full_backing_filename: backing.map(|backing| {
-            resolve_name(image.file.path(), OsStr::new(&backing.name))
+            resolve_name(&path, OsStr::new(&backing.name))
                 .to_string_lossy()
                 .into_owned()
         }),
         backing_filename_format: backing.and_then(|backing| backing.format.clone()),
         snapshots: facts.snapshots.clone(),
-        format_specific: facts
-            .specific
-            .clone()
-            .map(|data| (image.driver.format().name().to_owned(), data)),
-        looks_like: image.looks_like,
-        children: vec![Child {
-            name: "file".to_owned(),
-            info: file,
-        }],
+        format_specific: named(&facts.specific).map(|data| (driver.format().name().to_owned(), data)),
+        details: named(&facts.details),
+        looks_like,
+        children,
     })
+}
+
+/// `value` with the names of files in place of their numbers.
+fn with_names(value: Value, names: &[String]) -> Value {
+    match value {
+        Value::File(index) => Value::Text(names.get(usize::from(index.0)).cloned().unwrap_or_default()),
+        Value::List(values) => {
+            Value::List(values.into_iter().map(|value| with_names(value, names)).collect())
+        }
+        Value::Map(pairs) => Value::Map(
+            pairs
+                .into_iter()
+                .map(|(key, value)| (key, with_names(value, names)))
+                .collect(),
+        ),
+        other => other,
+    }
 }
 
 fn describe_file(file: &File) -> Result<ImageInfo> {
@@ -146,6 +193,7 @@ fn describe_file(file: &File) -> Result<ImageInfo> {
         backing_filename_format: None,
         snapshots: Vec::new(),
         format_specific: Some(("file".to_owned(), Value::Map(Vec::new()))),
+        details: None,
         looks_like: None,
         children: Vec::new(),
     })

@@ -122,21 +122,29 @@ const PAGE: u64 = 4096;
 
 /// How a source is cut for a target that takes data in steps of `unit` bytes.
 fn cut(plan: &Plan, unit: u64) -> Cut {
-    let step = match plan.compress {
-        Some(_) => unit,
-        None => plan.sparse.clamp(1, PAGE).next_multiple_of(unit.max(1)),
-    };
+    if plan.compress.is_some() {
+        return cut_whole(plan, unit);
+    }
+    let step = plan.sparse.clamp(1, PAGE).next_multiple_of(unit.max(1));
     Cut {
         step,
         chunk: CHUNK.next_multiple_of(step),
+        shortest: plan.sparse,
+        offload: plan.offload,
+        ..cut_whole(plan, unit)
+    }
+}
+
+/// How a source is cut for a target that takes whole units of `unit` bytes, each by itself.
+fn cut_whole(plan: &Plan, unit: u64) -> Cut {
+    Cut {
+        step: unit,
+        chunk: CHUNK.next_multiple_of(unit),
         top_only: false,
         below_end: u64::MAX,
-        shortest: match plan.compress {
-            Some(_) => 0,
-            None => plan.sparse,
-        },
+        shortest: 0,
         keep_zeros: plan.sparse == 0,
-        offload: plan.offload,
+        offload: false,
         salvage: plan.salvage,
     }
 }

@@ -10,7 +10,7 @@ use diskmill_storage::RateLimit;
 use super::lane::{Feed, Lane, Stream};
 use super::sink::{Ordered, Sink};
 use super::source::{Cut, Scanner, Source};
-use super::{ConvertError, Input, NewImage, Plan, Summary, cut, summary, workers};
+use super::{ConvertError, Input, NewImage, Plan, Summary, cut, cut_whole, summary, workers};
 use crate::open::OpenRequest;
 use crate::ops::create::{self, CreateError};
 use crate::target::Target;
@@ -26,7 +26,7 @@ pub(super) fn to_image(plan: &Plan, image: &NewImage, source: &Source, job: Job<
     let cut = Cut {
         top_only: below.is_some(),
         below_end: below.as_ref().map_or(u64::MAX, Chain::virtual_size),
-        ..cut(plan, start.builder.unit())
+        ..cut_for(plan, &*start.builder)
     };
     let feed = Feed::Scan(Scanner::new(source, cut));
     start.run(
@@ -55,7 +55,7 @@ pub(super) fn stream_to_image(
 /// Sends `source` to standard output, raw.
 pub(super) fn to_stdout(plan: &Plan, source: &Source, job: Job<'_>) -> Result<Summary> {
     let start = Start::stdout(plan, source.size())?;
-    let cut = cut(plan, start.builder.unit());
+    let cut = cut_for(plan, &*start.builder);
     let feed = Feed::Scan(Scanner::new(source, cut));
     start.run(
         plan,
@@ -72,6 +72,15 @@ pub(super) fn to_stdout(plan: &Plan, source: &Source, job: Job<'_>) -> Result<Su
 /// Sends a stream to standard output, raw.
 pub(super) fn stream_to_stdout(plan: &Plan, stream: &mut dyn ForwardSource, job: Job<'_>) -> Result<Summary> {
     Start::stdout(plan, 0)?.run_stream(plan, stream, job)
+}
+
+/// How a source is cut for `builder`.
+fn cut_for(plan: &Plan, builder: &dyn Builder) -> Cut {
+    if builder.packs() {
+        cut_whole(plan, builder.unit())
+    } else {
+        cut(plan, builder.unit())
+    }
 }
 
 /// A new image that has been started.
@@ -108,6 +117,7 @@ impl Start {
         );
         let mut spec = CreateSpec::new(create::whole_sectors(size)?);
         spec.options = options;
+        create::name_it(&mut spec, path(image));
         let mut below = None;
         if let Some(name) = backing {
             if plan.inputs.len() > 1 {
@@ -118,7 +128,9 @@ impl Start {
                 return Err(CreateError::BackingFormatMissing { detected: None }.usage());
             }
             let like = backing_like(plan, image);
-            below = Some(create::open_backing(&image.target, &name, format.as_deref(), &like)?.chain);
+            let opened = create::open_backing(&image.target, &name, format.as_deref(), &like)?;
+            spec.backing_facts = opened.nodes.first().map(|node| Box::new(node.facts.clone()));
+            below = Some(opened.chain);
             spec.backing = Some(BackingName { name, format });
         }
         let outputs = outputs(plan, driver, &mut spec)?;
@@ -148,7 +160,7 @@ impl Start {
         job: Job<'_>,
     ) -> Result<Summary> {
         let source = Source::new(Vec::new())?;
-        let cut = cut(plan, self.builder.unit());
+        let cut = cut_for(plan, &*self.builder);
         let reading = Reading {
             source: &source,
             below: None,
@@ -170,10 +182,11 @@ impl Start {
         if !streamed {
             job.observer.total(source.size());
         }
+        let packs = self.builder.packs();
         let sink = Sink::New(Ordered::new(self.builder, workers.get()));
         let mut lane = Lane::new(Mutex::new(feed), source, sink, cut, job);
         lane.below = below;
-        lane.pack = plan.compress.is_some();
+        lane.pack = plan.compress.is_some() || packs;
         lane.pace = plan.rate.map(RateLimit::new);
         let started = lane.run(workers)?;
         job.check()?;
