@@ -91,6 +91,8 @@ pub struct OpenSpec {
     pub limits: Limits,
     /// Open this internal snapshot instead of the active state, by id or name.
     pub snapshot: Option<String>,
+    /// Of that snapshot open the machine state, as a disk of its length, instead of the disk.
+    pub machine_state: bool,
     /// Run-time options of the format (raw's `offset` and `size`), checked by the driver.
     pub options: Options,
     /// Pass discards on to the files.
@@ -202,6 +204,11 @@ pub trait Driver: Sync + Debug {
 
     /// The options [`build`](Self::build) knows, in the order `create` shows them. Empty: cannot be created.
     fn options(&self) -> &'static [OptionSpec];
+
+    /// The options [`LayerMut::amend`] can change in an image that exists, sorted by name. Empty: none.
+    fn amend_options(&self) -> &'static [OptionSpec] {
+        &[]
+    }
 
     /// The files a new image consists of, [`Role::Main`] first. Checks all of `spec`.
     fn outputs(&self, spec: &CreateSpec) -> Result<Vec<OutputSpec>>;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::{
     BackingName, BitmapError, Bitmaps, Chain, DirtyRuns, Encoder, Error, ErrorKind, Extent, Facts, FileIndex,
-    GuestOffset, HostSpan, Result, Snapshots, Storage, Stored, ZeroHow,
+    GuestOffset, HostSpan, Job, Options, Result, Snapshots, Storage, Stored, ZeroHow,
 };
 
 /// One image, open for reading. It answers for itself alone: what is absent is for the [`Chain`] to ask below.
@@ -121,6 +121,17 @@ pub trait LayerMut: Layer {
         Err(Error::new(
             ErrorKind::Unsupported,
             format!("format '{}' cannot change its backing image", self.facts().format),
+        ))
+    }
+
+    /// Changes options the image was made with: those of [`Driver::amend_options`](crate::Driver::amend_options). All
+    /// are looked at before anything is changed, and each is then changed in a step that a power cut leaves done or
+    /// undone. An error of kind [`ErrorKind::Unsupported`] if the format has no such thing.
+    fn amend(&self, options: &Options, below: &Chain, job: Job<'_>) -> Result<()> {
+        let _ = (options, below, job);
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            "the format has no options that could be changed",
         ))
     }
 

@@ -83,8 +83,14 @@ pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &Open
         Some(which) => {
             let (snapshots, _) = snapshot::read_table(main.as_ref(), header, &how.limits)?;
             let (_, found) = snapshot::find(&snapshots, which)?;
-            facts.virtual_size = found.checked_size()?;
-            let needed = geometry.l1_entries(facts.virtual_size);
+            let disk = geometry.l1_entries(found.checked_size()?);
+            // Machine state begins with the first L1 entry that the disk does not need.
+            let (first, size) = match how.machine_state {
+                true => (disk, found.facts.vm_state_size),
+                false => (0, found.checked_size()?),
+            };
+            facts.virtual_size = size;
+            let needed = first.saturating_add(geometry.l1_entries(size));
             snapshot::check_l1(geometry, found.l1_table_offset, found.l1_size, needed)?;
             within(
                 "l1 table of a snapshot",
@@ -92,7 +98,8 @@ pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &Open
                 needed.saturating_mul(8),
                 main_len,
             )?;
-            read_l1(main.as_ref(), found.l1_table_offset, needed)?
+            let first_at = found.l1_table_offset.saturating_add(first.saturating_mul(8));
+            read_l1(main.as_ref(), first_at, needed.saturating_sub(first))?
         }
     };
     Ok(Qcow2Layer {

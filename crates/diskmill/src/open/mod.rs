@@ -42,6 +42,8 @@ pub struct OpenRequest {
     pub limits: Limits,
     /// Open this internal snapshot instead of the active state, by id or name.
     pub snapshot: Option<String>,
+    /// Of that snapshot open the machine state, as a disk of its length, instead of the disk.
+    pub machine_state: bool,
     /// Open the images it is backed by. Without them, absent bytes read as zeros.
     pub backing: bool,
     /// Pass discards on to the host.
@@ -70,6 +72,7 @@ impl OpenRequest {
             policy: References::Any,
             limits: Limits::default(),
             snapshot: None,
+            machine_state: false,
             backing: true,
             unmap: false,
             around: None,

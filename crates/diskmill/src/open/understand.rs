@@ -95,6 +95,7 @@ impl Understood {
         how.content_id = diskmill_storage::random_u32();
         if let Place::Top(_) = place {
             how.snapshot.clone_from(&request.snapshot);
+            how.machine_state = request.machine_state;
         }
         let parsed = driver.parse(file.clone(), &how).map_err(|error| {
             not_in_format(error, driver.format())

@@ -41,11 +41,7 @@ pub fn change(request: &OpenRequest, action: &Action, warn: &mut dyn FnMut(&Open
     let done = snapshots_of(&image).and_then(|snapshots| match action {
         Action::Create(name) => {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let new = NewSnapshot {
-                name: name.clone(),
-                date_sec: now.as_secs(),
-                date_nsec: now.subsec_nanos(),
-            };
+            let new = NewSnapshot::new(name, now.as_secs(), now.subsec_nanos());
             snapshots.create(&new).map(|_| ())
         }
         Action::Apply(which) => snapshots.apply(which),

@@ -7,11 +7,13 @@
 
 use std::sync::atomic::Ordering;
 
-use diskmill_core::{Error, ErrorKind, Format, HostOffset, NewSnapshot, Result, SnapshotFacts, Snapshots};
+use diskmill_core::{
+    Chain, Error, ErrorKind, Format, HostOffset, NewSnapshot, Result, SnapshotFacts, Snapshots,
+};
 
 use super::super::fence::Part;
 use super::super::flight::Hold;
-use super::super::layout::{SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX};
+use super::super::layout::{L1_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX};
 use super::super::map::L1Entry;
 use super::super::tables::Tables;
 use super::super::write::Image;
@@ -33,6 +35,12 @@ pub(crate) enum SnapshotWriteError {
     TooMany(usize),
     #[error("the snapshot table would have {0} bytes, must have at most 67108864")]
     TableTooLong(usize),
+    #[error("there is a snapshot with id '{0}' already")]
+    Id(String),
+    #[error(
+        "machine state of {end} bytes behind the disk is too large for the l1 table, which may have 4194304 entries"
+    )]
+    MachineState { end: u64 },
     #[error("applying a snapshot of another size to an image with dirty bitmaps is not supported")]
     Bitmaps,
 }
@@ -121,12 +129,17 @@ impl Image {
         l1_size: u32,
         new: &NewSnapshot,
     ) -> Snapshot {
-        let last = table
-            .entries
-            .iter()
-            .filter_map(|snapshot| snapshot.facts.id.parse::<u64>().ok())
-            .max();
-        let id = last.unwrap_or(0).saturating_add(1).to_string();
+        let last = || {
+            let numbers = table
+                .entries
+                .iter()
+                .map(|snapshot| snapshot.facts.id.parse::<u64>());
+            numbers.filter_map(Result::ok).max().unwrap_or(0)
+        };
+        let id = match &new.id {
+            Some(id) => id.clone(),
+            None => last().saturating_add(1).to_string(),
+        };
         Snapshot {
             l1_table_offset: l1,
             l1_size,
@@ -135,12 +148,11 @@ impl Image {
             facts: SnapshotFacts {
                 id,
                 name: new.name.clone(),
-                vm_state_size: 0,
+                vm_state_size: new.vm_state_size,
                 date_sec: new.date_sec,
                 date_nsec: new.date_nsec,
-                vm_clock_nsec: 0,
-                // What qemu-img writes for a snapshot without a machine.
-                icount: Some(0),
+                vm_clock_nsec: new.vm_clock_nsec,
+                icount: new.icount,
                 disk_size: self.size.load(Ordering::Acquire),
             },
             extra: Vec::new(),
@@ -157,6 +169,13 @@ impl Image {
             return Err(refuse(SnapshotWriteError::TooMany(
                 table.entries.len().saturating_add(1),
             )));
+        }
+        let same_id = |id: &String| {
+            let mut known = table.entries.iter();
+            known.any(|snapshot| snapshot.id == id.as_bytes())
+        };
+        if let Some(id) = new.id.as_ref().filter(|id| same_id(id)) {
+            return Err(refuse(SnapshotWriteError::Id(id.clone())));
         }
         tables.flush()?;
         let l1: Vec<L1Entry> = tables.l1().to_vec();
@@ -233,6 +252,27 @@ impl Image {
 impl Snapshots for Image {
     fn list(&self) -> Vec<SnapshotFacts> {
         self.snapshot_facts()
+    }
+
+    fn write_machine_state(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        if self.geometry.data_file() {
+            return Err(refuse(SnapshotWriteError::DataFile));
+        }
+        let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
+        let size = self.size.load(Ordering::Acquire);
+        // It begins with the first L1 entry that the disk does not need.
+        let base = self.geometry.l1_start(self.geometry.l1_entries(size));
+        let start = base.saturating_add(at);
+        let end = start.saturating_add(bytes.len() as u64);
+        let entries = self.geometry.l1_entries(end.get());
+        if entries > L1_BYTES_MAX / 8 {
+            return Err(refuse(SnapshotWriteError::MachineState { end: end.since(base) }));
+        }
+        self.change(|tables| match tables.l1_len() < entries {
+            true => tables.grow_l1(entries),
+            false => Ok(()),
+        })?;
+        self.write_held(start, bytes, &Chain::default())
     }
 
     fn create(&self, new: &NewSnapshot) -> Result<SnapshotFacts> {
