@@ -66,6 +66,15 @@ pub struct BitmapFacts {
     pub inconsistent: bool,
 }
 
+/// Which image it is, and in which state: for formats that link images by identity instead of by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// The image: kept for good.
+    pub image: [u8; 16],
+    /// Its content: another whenever that has changed. All zeros where nobody knows.
+    pub state: [u8; 16],
+}
+
 /// What an image says of itself when it is opened. Nothing in it changes afterwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -98,6 +107,10 @@ pub struct Facts {
     pub content_id: Option<u32>,
     /// The number its backing image must have, if the image says.
     pub backing_content_id: Option<u32>,
+    /// Which image it is, if its format says so.
+    pub identity: Option<Identity>,
+    /// The image it is backed by, where that is known by its identity only.
+    pub parent: Option<Identity>,
 }
 
 impl Facts {
@@ -118,6 +131,8 @@ impl Facts {
             details: None,
             content_id: None,
             backing_content_id: None,
+            identity: None,
+            parent: None,
         }
     }
 }

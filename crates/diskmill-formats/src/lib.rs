@@ -25,5 +25,6 @@ pub mod probe;
 pub mod qcow2;
 pub mod raw;
 pub mod registry;
+pub mod vdi;
 
 pub use probe::{Foreign, ForeignKind, Probed, probe, recognise};

@@ -288,15 +288,17 @@ mod tests {
 
     #[test]
     fn known_formats_without_a_driver_are_named() {
-        let mut vdi = vec![0; 512];
-        vdi[0x40..0x44].copy_from_slice(&[0x7f, 0x10, 0xda, 0xbe]);
         let mut iso = vec![0; 40_000];
         iso[0x8001..0x8006].copy_from_slice(b"CD001");
         let mut vhd = vec![0; 2048];
         vhd[1536..1544].copy_from_slice(b"conectix");
         let ovf = b"<?xml version=\"1.0\"?>\n<!-- x -->\n<ovf:Envelope xmlns:ovf=\"x\">";
         for (head, name, kind) in [
-            (&vdi[..], "a VDI disk image", ForeignKind::Disk),
+            (
+                &b"conectix\0\0\0\0\0\0\0\0"[..],
+                "a VHD disk image",
+                ForeignKind::Disk,
+            ),
             (b"KDMV\x01\0\0\0", "a VMDK disk image", ForeignKind::Disk),
             (
                 b"# Disk DescriptorFile\nversion=1\n",

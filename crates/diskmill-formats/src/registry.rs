@@ -2,9 +2,9 @@
 
 use diskmill_core::Driver;
 
-use crate::{qcow2, raw};
+use crate::{qcow2, raw, vdi};
 
-static DRIVERS: [&dyn Driver; 2] = [&raw::DRIVER, &qcow2::DRIVER];
+static DRIVERS: [&dyn Driver; 3] = [&raw::DRIVER, &qcow2::DRIVER, &vdi::DRIVER];
 
 /// The drivers of all formats.
 pub fn drivers() -> &'static [&'static dyn Driver] {
