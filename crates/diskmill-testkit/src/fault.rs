@@ -33,6 +33,7 @@
 //! [`Journal`] notes every change and every flush, and can make the bytes that a power cut might have left.
 #![deny(clippy::missing_trait_methods)]
 
+mod cuts;
 mod journal;
 
 use std::io::{Error as IoError, IoSlice};
@@ -42,6 +43,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_core::{Error, Hints, HostOffset, HostRun, RawFile, Result, Storage, StorageMut, ZeroHow};
 
+pub use cuts::{Bounds, Cut, Loss};
 pub use journal::{Change, Journal};
 
 /// How a call fails.
@@ -303,8 +305,15 @@ mod tests {
         let whole = [vec![2; 1024], vec![3; 2048]].concat();
         assert_eq!(journal.prefix(3), std::slice::from_ref(&whole));
         let mut seen = std::collections::BTreeSet::new();
-        for seed in 0..200 {
-            let files = journal.crash(3, seed);
+        let bounds = Bounds {
+            prefixes: 10,
+            singles: 10,
+            random: 50,
+            seed: 1,
+        };
+        let cuts = journal.cuts(bounds);
+        for cut in cuts.iter().filter(|cut| cut.count == 3) {
+            let files = journal.state(cut);
             assert_eq!(files[0][..1024], [2; 1024]);
             for sector in files[0][1024..].chunks(512) {
                 assert!(sector.iter().all(|byte| *byte == sector[0]));
@@ -317,5 +326,32 @@ mod tests {
             "or nothing"
         );
         assert!(seen.len() > 3, "or some of it");
+        for count in 0..=3 {
+            let loss = Loss::Nothing;
+            assert!(cuts.contains(&Cut { count, loss }), "{count}");
+        }
+    }
+
+    #[test]
+    fn of_several_changes_one_may_be_lost_or_left() {
+        let journal = Journal::new();
+        let storage = journal.record(Arc::new(Memory::from(vec![0; 4096])));
+        for at in 0..4 {
+            storage.write_at(HostOffset::new(at * 512), &[1; 512]).unwrap();
+        }
+        let bounds = Bounds {
+            prefixes: 1,
+            singles: 4,
+            random: 0,
+            seed: 1,
+        };
+        let sectors = |files: &[Vec<u8>]| files[0].chunks(512).filter(|sector| sector[0] == 1).count();
+        let states: Vec<usize> = journal
+            .cuts(bounds)
+            .iter()
+            .filter(|cut| cut.count == 4 && cut.loss != Loss::Nothing)
+            .map(|cut| sectors(&journal.state(cut)))
+            .collect();
+        assert_eq!(states, [0, 3, 1, 3, 1, 3, 1, 3, 1]);
     }
 }

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod contract;
+pub mod crash;
 pub mod ext4;
 pub mod fault;
 pub mod golden;

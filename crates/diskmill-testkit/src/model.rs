@@ -1,8 +1,12 @@
 //! A disk as a vector of bytes, and operations to hold a layer against it.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
-use diskmill_core::{Chain, GuestOffset, Layer, LayerMut, Result, Stored, ZeroHow};
+use diskmill_core::{
+    Chain, ErrorKind, GuestOffset, Layer, LayerMut, NewSnapshot, Result, Snapshots, Stored, ZeroHow,
+};
 
 use crate::contract::layer::same;
 
@@ -53,6 +57,21 @@ pub enum Op {
     Clear,
     /// Close the image and open it again. For the caller to carry out.
     Reopen,
+    /// Keep the state as a snapshot of this number. If there is one already, nothing.
+    Snapshot {
+        /// Which.
+        number: u8,
+    },
+    /// Go back to a snapshot. If there is none, an error that says so.
+    Apply {
+        /// Which.
+        number: u8,
+    },
+    /// Give a snapshot up. If there is none, an error that says so.
+    Delete {
+        /// Which.
+        number: u8,
+    },
 }
 
 /// Compresses a unit, or `None` if it does not get smaller.
@@ -62,6 +81,7 @@ pub type Pack<'a> = &'a dyn Fn(&[u8]) -> Option<Vec<u8>>;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Model {
     bytes: Vec<u8>,
+    snapshots: BTreeMap<String, Vec<u8>>,
 }
 
 /// The byte at `at` of what is made from `fill`: it tells where it belongs, compresses well and is never zero.
@@ -73,7 +93,20 @@ pub fn pattern(fill: u8, at: u64) -> u8 {
 impl Model {
     /// A disk that reads as `bytes`.
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes }
+        Self {
+            bytes,
+            snapshots: BTreeMap::new(),
+        }
+    }
+
+    /// A disk that reads as `bytes`, with snapshots that read as `snapshots`, by name.
+    pub fn with_snapshots(bytes: Vec<u8>, snapshots: BTreeMap<String, Vec<u8>>) -> Self {
+        Self { bytes, snapshots }
+    }
+
+    /// What the snapshots read as, by name.
+    pub fn snapshots(&self) -> &BTreeMap<String, Vec<u8>> {
+        &self.snapshots
     }
 
     /// What it reads as.
@@ -81,14 +114,51 @@ impl Model {
         &self.bytes
     }
 
-    fn fill(&mut self, at: u64, len: u64, fill: u8) -> Vec<u8> {
-        let bytes: Vec<u8> = (at..at + len).map(|at| pattern(fill, at)).collect();
-        self.bytes[at as usize..(at + len) as usize].copy_from_slice(&bytes);
-        bytes
+    /// The part of the disk that `op` is about, on which what does not lie is cut off.
+    fn span(&self, op: &Op, unit: u64) -> Range<usize> {
+        let (at, len) = match *op {
+            Op::Write { at, len, .. } | Op::Zero { at, len, .. } | Op::Discard { at, len } => (at, len),
+            Op::Packed { at, .. } => (at - at % unit, unit),
+            _ => (0, u64::MAX),
+        };
+        let end = self.bytes.len();
+        let start = (at as usize).min(end);
+        start..start.saturating_add(len as usize).min(end)
+    }
+
+    /// The disk as it is to be after `op`, which works on an overlay of `below` that allocates in steps of `unit`. A
+    /// discard may leave what it likes: it is taken to do nothing.
+    pub fn foresee(&self, op: &Op, below: &Chain, unit: u64) -> Result<Self> {
+        let mut next = self.clone();
+        let span = self.span(op, unit);
+        match *op {
+            Op::Write { fill, .. } | Op::Packed { fill, .. } => {
+                for (at, byte) in (span.start as u64..).zip(&mut next.bytes[span]) {
+                    *byte = pattern(fill, at);
+                }
+            }
+            Op::Zero { .. } => next.bytes[span].fill(0),
+            Op::Resize { size } => next.bytes.resize(size as usize, 0),
+            Op::Clear => below.read_at(GuestOffset::ZERO, &mut next.bytes)?,
+            Op::Snapshot { number } => {
+                let bytes = || self.bytes.clone();
+                next.snapshots.entry(name(number)).or_insert_with(bytes);
+            }
+            Op::Apply { number } => {
+                if let Some(bytes) = self.snapshots.get(&name(number)) {
+                    next.bytes.clone_from(bytes);
+                }
+            }
+            Op::Delete { number } => {
+                next.snapshots.remove(&name(number));
+            }
+            Op::Discard { .. } | Op::Flush | Op::Reopen => {}
+        }
+        Ok(next)
     }
 
     /// Does `op` to this disk and to `layer`, an overlay of `below` that allocates in steps of `unit`. What does not
-    /// lie on the disk is cut off.
+    /// lie on the disk is cut off. If it fails this disk is as it was.
     pub fn apply(
         &mut self,
         op: &Op,
@@ -97,57 +167,56 @@ impl Model {
         unit: u64,
         pack: Pack<'_>,
     ) -> Result<()> {
-        let size = self.bytes.len() as u64;
-        let clip = |at: u64, len: u64| (at.min(size), len.min(size - at.min(size)));
-        let at = GuestOffset::new;
-        match *op {
-            Op::Write { at: start, len, fill } => {
-                let (start, len) = clip(start, len);
-                let bytes = self.fill(start, len, fill);
-                layer.write_at(at(start), &bytes, below)
-            }
-            Op::Packed { at: start, fill } => {
-                let start = start - start % unit;
-                let (start, len) = clip(start, unit);
-                if len == 0 {
-                    return Ok(());
-                }
-                let mut bytes = self.fill(start, len, fill);
-                bytes.resize(unit as usize, 0);
-                match pack(&bytes) {
-                    Some(packed) => layer.write_encoded(at(start), Stored::Packed(&packed), below),
-                    None => {
-                        bytes.truncate(len as usize);
-                        layer.write_encoded(at(start), Stored::Plain(&bytes), below)
-                    }
+        let next = self.foresee(op, below, unit)?;
+        let span = self.span(op, unit);
+        let at = GuestOffset::new(span.start as u64);
+        let range = at..GuestOffset::new(span.end as u64);
+        let done = match *op {
+            Op::Write { .. } => layer.write_at(at, &next.bytes[span], below),
+            Op::Packed { .. } if span.is_empty() => Ok(()),
+            Op::Packed { .. } => {
+                let mut whole = next.bytes[span.clone()].to_vec();
+                whole.resize(unit as usize, 0);
+                match pack(&whole) {
+                    Some(packed) => layer.write_encoded(at, Stored::Packed(&packed), below),
+                    None => layer.write_encoded(at, Stored::Plain(&next.bytes[span]), below),
                 }
             }
-            Op::Zero { at: start, len, how } => {
-                let (start, len) = clip(start, len);
-                self.bytes[start as usize..(start + len) as usize].fill(0);
-                layer.zero(at(start)..at(start + len), how, below)
-            }
-            Op::Discard { at: start, len } => {
-                let (start, len) = clip(start, len);
-                layer.discard(at(start)..at(start + len))?;
-                self.adopt(start, len, unit, layer, below)
+            Op::Zero { how, .. } => layer.zero(range, how, below),
+            Op::Discard { .. } => {
+                layer.discard(range)?;
+                return self.adopt(span.start as u64, span.len() as u64, unit, layer, below);
             }
             Op::Flush => layer.flush(),
-            Op::Resize { size } => {
-                self.bytes.resize(size as usize, 0);
-                layer.resize(size, below)
-            }
-            Op::Clear => {
-                layer.clear()?;
-                let size = usize::try_from(below.virtual_size())
-                    .expect("a small disk")
-                    .min(self.bytes.len());
-                let (inner, outer) = self.bytes.split_at_mut(size);
-                below.read_at(GuestOffset::ZERO, inner)?;
-                outer.fill(0);
-                Ok(())
-            }
+            Op::Resize { size } => layer.resize(size, below),
+            Op::Clear => layer.clear(),
             Op::Reopen => Ok(()),
+            Op::Snapshot { number } if self.snapshots.contains_key(&name(number)) => Ok(()),
+            Op::Snapshot { number } => {
+                let new = NewSnapshot::new(name(number), 1_700_000_000, 0);
+                snapshots(layer).create(&new).map(drop)
+            }
+            Op::Apply { number } => self.demand(number, snapshots(layer).apply(&name(number))),
+            Op::Delete { number } => self.demand(number, snapshots(layer).delete(&name(number))),
+        };
+        match done {
+            Ok(()) => *self = next,
+            // An image that cannot do such a thing says so, and nothing must have changed.
+            Err(error) if error.kind() == ErrorKind::Unsupported => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Demands that working on a snapshot that is not there fails, and says that it is not there.
+    fn demand(&self, number: u8, done: Result<()>) -> Result<()> {
+        if self.snapshots.contains_key(&name(number)) {
+            return done;
+        }
+        match done {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => panic!("snapshot {number} is not there and was found"),
         }
     }
 
@@ -186,6 +255,14 @@ impl Model {
         );
         same(0, &self.bytes, &read(layer, below).expect("read the disk"));
     }
+}
+
+fn name(number: u8) -> String {
+    format!("s{number}")
+}
+
+fn snapshots(layer: &Arc<dyn LayerMut>) -> &dyn Snapshots {
+    layer.snapshots().expect("a format with snapshots")
 }
 
 /// All that `layer` over `below` reads as.

@@ -3,16 +3,16 @@
 
 use std::sync::Arc;
 
-use diskmill_core::{ErrorKind, ZeroHow};
+use diskmill_core::{ErrorKind, GuestOffset, ZeroHow};
+use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Tale};
 use diskmill_testkit::fault::{Change, Failure, Faults, Journal, Lasting};
-use diskmill_testkit::model::{self, Model, Op};
-use diskmill_testkit::oracle;
-use diskmill_testkit::sparse_random::mix;
+use diskmill_testkit::model::{Model, Op};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
 
 use super::images::{self, Disks, Image, Kind};
-use super::model::{runner, soak};
+use super::model::{runner, seed, soak};
+use super::subject;
 
 /// The operations of a story: the same for the same kind.
 fn story(kind: &Kind, image: &Image, runner: &mut TestRunner) -> Vec<Op> {
@@ -20,13 +20,6 @@ fn story(kind: &Kind, image: &Image, runner: &mut TestRunner) -> Vec<Op> {
         .new_tree(runner)
         .expect("operations")
         .current();
-    // After these the disk as a whole is another, which `explains` cannot follow.
-    ops.retain(|op| {
-        !matches!(
-            op,
-            Op::Resize { .. } | Op::Clear | Op::Reopen | Op::Discard { .. }
-        )
-    });
     for index in (3..ops.len()).step_by(4).rev() {
         ops.insert(index, Op::Flush);
     }
@@ -61,132 +54,102 @@ fn fill(kind: &Kind) -> Vec<Op> {
         .collect()
 }
 
-/// What the disk may read as at a point of a story.
-struct Epoch {
-    /// Changes noted when it began.
-    from: usize,
-    /// What it read as at the last flush, and after each operation since.
-    versions: Vec<Vec<u8>>,
+/// What the model shows.
+fn shown(model: &Model) -> Picture {
+    Picture {
+        snapshots: model.snapshots().clone(),
+        ..Picture::of(model.bytes().to_vec())
+    }
 }
 
-/// Plays a story. Returns the moments at which the set of versions changed.
-fn play(image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Vec<Epoch> {
+/// How an operation gets from one picture to the next.
+fn effect(op: &Op) -> Effect {
+    match op {
+        Op::Flush | Op::Resize { .. } => Effect::Settles,
+        Op::Snapshot { .. } | Op::Apply { .. } | Op::Delete { .. } => Effect::Switches,
+        _ => Effect::Flows,
+    }
+}
+
+/// What may show through while an operation is under way: of what is given up, zeros or what is below.
+fn through(image: &Image, model: &Model, op: &Op) -> Vec<Picture> {
+    let disk = shown(model);
+    let end = disk.disk.len();
+    let span = match *op {
+        Op::Resize { size } => (size as usize).min(end)..end,
+        Op::Discard { at, len } => (at as usize).min(end)..(at + len).min(end as u64) as usize,
+        _ => return Vec::new(),
+    };
+    let (mut zeros, mut below) = (disk.clone(), disk);
+    zeros.disk[span.clone()].fill(0);
+    let at = GuestOffset::new(span.start as u64);
+    image.below.read_at(at, &mut below.disk[span]).expect("read");
+    vec![zeros, below]
+}
+
+/// Plays a story.
+fn play(name: &str, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Tale {
     let disks: Disks = images::memory(&image.files)
         .into_iter()
         .map(|disk| journal.record(disk))
         .collect();
-    let layer = images::open(&disks).expect("open");
-    let mut model = Model::new(image.start.clone());
-    let mut versions = vec![image.start.clone()];
-    let mut epochs = Vec::new();
+    let start = subject::picture(&image.files, &image.below).expect("look");
+    let mut layer = images::open(&disks).expect("open");
+    let mut model = Model::with_snapshots(start.disk.clone(), start.snapshots.clone());
+    let mut tale = Tale::new(name, journal, start);
     for op in ops {
-        let from = journal.len();
-        let mut next = model.clone();
-        next.apply(op, &layer, &image.below, image.unit, &|unit| {
-            image.pack(&layer, unit)
-        })
-        .unwrap_or_else(|error| panic!("{op:?}: {error:?}"));
-        model = next;
-        // While it is under way, a part of it may show.
-        versions.push(model.bytes().to_vec());
-        epochs.push(Epoch {
-            from,
-            versions: versions.clone(),
-        });
-        if *op == Op::Flush {
-            versions = vec![model.bytes().to_vec()];
+        if !image.can(op) {
+            continue;
+        }
+        let mark = tale.mark();
+        let through = through(image, &model, op);
+        if *op == Op::Reopen {
+            drop(layer);
+            layer = images::open(&disks).expect("open again");
+        }
+        let pack = |unit: &[u8]| image.pack(&layer, unit);
+        model
+            .apply(op, &layer, &image.below, image.unit, &pack)
+            .unwrap_or_else(|error| panic!("{name}, {op:?}: {error:?}"));
+        let after = shown(&model);
+        let effect = match effect(op) {
+            // There was no such snapshot, or could be none.
+            Effect::Switches if after == *tale.now() => Effect::Flows,
+            other => other,
+        };
+        tale.note_through(mark, format!("{op:?}"), effect, through, after);
+        if effect == Effect::Switches {
+            tale.flags_may_lag();
         }
     }
-    epochs.push(Epoch {
-        from: journal.len(),
-        versions,
-    });
-    epochs
+    tale
 }
 
-/// Whether each sector is as one of the versions has it. What was flushed is the first of them.
-fn explains(versions: &[Vec<u8>], found: &[u8]) -> Option<usize> {
-    found.chunks(512).enumerate().position(|(sector, bytes)| {
-        let start = sector * 512;
-        let range = start..start + bytes.len();
-        let whole = versions.iter().any(|version| version[range.clone()] == *bytes);
-        // A write of less than a sector to a place of its own may show byte by byte.
-        !whole
-            && bytes
-                .iter()
-                .zip(range)
-                .any(|(byte, at)| versions.iter().all(|version| version[at] != *byte))
-    })
-}
-
-/// Moments to cut the power at: where the most is not flushed, each with a seed that says what of it is lost.
-fn cuts(journal: &Journal, seeds: u64) -> Vec<(usize, u64)> {
-    let changes = journal.changes();
-    let before_a_flush = (0..changes.len()).filter(|index| {
-        let ends = changes
-            .get(*index)
-            .is_some_and(|change| matches!(change, Change::Flush { .. }));
-        let is_first = index
-            .checked_sub(1)
-            .is_none_or(|last| !matches!(changes[last], Change::Flush { .. }));
-        ends && is_first
-    });
-    let mut cuts: Vec<(usize, u64)> = before_a_flush
-        .flat_map(|count| (0..seeds).map(move |seed| (count, seed)))
-        .collect();
-    cuts.extend((0..seeds * 4).map(|seed| ((mix(seed) % (journal.len() as u64 + 1)) as usize, seed)));
-    cuts
-}
-
-/// Demands that `files`, left by a power cut behind `count` changes, are not corrupt and have what was flushed.
-fn examine(image: &Image, epochs: &[Epoch], files: &[Vec<u8>], count: usize, context: &dyn Fn() -> String) {
-    let report = images::check(files).unwrap_or_else(|error| panic!("{}: {error:?}", context()));
-    assert_eq!(
-        (report.check_errors, report.corruptions),
-        (0, 0),
-        "{}: {:#?}",
-        context(),
-        report.findings
-    );
-    let disks = images::memory(files);
-    let layer = images::open(&disks).unwrap_or_else(|error| panic!("{}: {error:?}", context()));
-    let found = model::read(&layer, &image.below).expect("read");
-    let epoch = epochs
-        .iter()
-        .rfind(|epoch| epoch.from <= count)
-        .expect("an epoch");
-    if let Some(sector) = explains(&epoch.versions, &found) {
-        panic!("{}: sector {sector} is lost", context());
-    }
-    if count % 16 == 1 {
-        let (value, code) = oracle::check(image.dump(files), "qcow2");
-        assert!(code == 0 || code == 3, "{}: {value}", context());
-    }
-}
-
-fn survives(image: &Image, stories: u32, seeds: u64) {
+fn survives(image: &Image, stories: u32) -> Figures {
     let kind = &image.kind;
     let mut runner = runner(1);
+    let mut figures = Figures::default();
     for number in 0..=stories {
         let ops = match number {
             0 => fill(kind),
             _ => story(kind, image, &mut runner),
         };
         let journal = Journal::new();
-        let epochs = play(image, &ops, &journal);
-        for (count, seed) in cuts(&journal, seeds) {
-            let files = match seed % 5 {
-                4 => journal.prefix(count),
-                _ => journal.crash(count, mix(seed ^ count as u64)),
-            };
-            let context = || format!("{}, story {number}, cut {count}, seed {seed}: {ops:?}", kind.name);
-            examine(image, &epochs, &files, count, &context);
-        }
+        let name = format!("{}, story {number}: {ops:?}", kind.name);
+        figures += play(&name, image, &ops, &journal).survive(image, Effort::usual(seed()));
     }
+    figures
+}
+
+/// Tells what was tried, for whoever asks by `--no-capture`.
+#[allow(clippy::print_stderr, reason = "figures for SECURITY.md")]
+fn tell(what: &str, figures: &Figures) {
+    eprintln!("power cuts, {what}: {figures:?}");
 }
 
 #[test]
 fn a_power_cut_at_random_leaks_at_worst() {
+    let mut figures = Figures::default();
     for name in [
         "cluster 512",
         "refcount 1",
@@ -194,15 +157,16 @@ fn a_power_cut_at_random_leaks_at_worst() {
         "refcount 64",
         "version 2 snapshot",
         "compressed",
+        "lazy",
         "subclusters snapshot",
         "data file",
         "raw data file",
         "over longer",
         "subclusters over raw",
     ] {
-        let kind = images::named(name);
-        survives(&kind.make(), soak(), 3);
+        figures += survives(&images::named(name).make(), soak());
     }
+    tell("random operations", &figures);
 }
 
 #[test]
@@ -233,122 +197,169 @@ fn a_power_cut_while_the_refcount_table_moves_leaks_at_worst() {
         })
         .collect();
     let journal = Journal::new();
-    let epochs = play(&image, &ops, &journal);
-    assert_ne!(
-        table(&journal.prefix(journal.len())),
-        table(&image.files),
-        "the table has moved"
+    let tale = play("refcount table", &image, &ops, &journal);
+    let end = journal.prefix(journal.len());
+    assert_ne!(table(&end), table(&image.files), "the table has moved");
+    tell(
+        "refcount table",
+        &tale.survive(&image, Effort::usual(seed()).times(3)),
     );
-    for count in 0..=journal.len() {
-        for seed in 0..2 {
-            examine(&image, &epochs, &journal.crash(count, seed), count, &|| {
-                format!("cut {count}, seed {seed}")
-            });
-        }
-    }
-    image.assert_good(
-        &journal.prefix(journal.len()),
-        &epochs.last().expect("an end").versions[0],
-    );
+    image.assert_good(&end, &tale.now().disk);
 }
 
 #[test]
-fn a_resize_or_a_clearing_that_is_cut_short_leaks_at_worst() {
-    let changes = [
-        Op::Resize { size: 100 << 10 },
-        Op::Resize { size: 64 << 20 },
-        Op::Clear,
+fn a_power_cut_during_one_operation_leaks_at_worst() {
+    let one = |op: Op| vec![op];
+    let tales = [
+        one(Op::Resize { size: 100 << 10 }),
+        one(Op::Resize { size: 64 << 10 }),
+        one(Op::Resize { size: 4 << 20 }),
+        one(Op::Clear),
+        one(Op::Snapshot { number: 1 }),
+        vec![
+            Op::Snapshot { number: 1 },
+            Op::Write {
+                at: 0,
+                len: 30_000,
+                fill: 9,
+            },
+            Op::Apply { number: 1 },
+            Op::Write {
+                at: 5000,
+                len: 9000,
+                fill: 3,
+            },
+            Op::Snapshot { number: 2 },
+            Op::Delete { number: 1 },
+            Op::Write {
+                at: 700,
+                len: 9000,
+                fill: 3,
+            },
+            Op::Flush,
+            Op::Delete { number: 2 },
+        ],
     ];
+    let mut figures = Figures::default();
     for name in [
         "cluster 512",
         "refcount 64",
         "over raw",
+        "lazy",
         "version 2",
         "subclusters snapshot",
+        "compressed",
     ] {
         let image = images::named(name).make();
-        for op in &changes {
+        for ops in &tales {
             let journal = Journal::new();
-            let disks: Disks = images::memory(&image.files)
-                .into_iter()
-                .map(|disk| journal.record(disk))
-                .collect();
-            let layer = images::open(&disks).expect("open");
-            Model::new(image.start.clone())
-                .apply(op, &layer, &image.below, image.unit, &|_| None)
-                .unwrap_or_else(|error| panic!("{name}, {op:?}: {error:?}"));
-            drop(layer);
-            let cuts: Vec<usize> = match journal.len() {
-                few @ 0..=60 => (0..=few).collect(),
-                many => (0..60).map(|cut| many * cut / 59).collect(),
-            };
-            for count in cuts {
-                for seed in 0..3 {
-                    let report = images::check(&journal.crash(count, seed)).expect("check");
-                    assert_eq!(
-                        (report.check_errors, report.corruptions),
-                        (0, 0),
-                        "{name}, {op:?}, cut {count}: {:#?}",
-                        report.findings
-                    );
-                }
-            }
+            let tale = play(&format!("{name}: {ops:?}"), &image, ops, &journal);
+            figures += tale.survive(&image, Effort::usual(seed()).times(soak()));
         }
     }
+    tell("single operations", &figures);
+}
+
+/// Plays a story on storages that fail until an operation does, then demands that what is left of the image is sound.
+/// Returns whether an operation has failed.
+fn fail(image: &Image, start: &Picture, ops: &[Op], faults: &Arc<Faults>) -> Result<bool, String> {
+    let inner = images::memory(&image.files);
+    let disks: Disks = inner.iter().map(|disk| faults.wrap(Arc::clone(disk))).collect();
+    let mut layer = match images::open(&disks) {
+        Ok(layer) => layer,
+        Err(error) => {
+            assert_ne!(error.kind(), ErrorKind::Corrupt, "{error:?}");
+            return Ok(images::bytes(&inner) == image.files);
+        }
+    };
+    let mut model = Model::with_snapshots(start.disk.clone(), start.snapshots.clone());
+    let mut tale = Tale::new("failing", &Journal::new(), start.clone());
+    for op in ops.iter().filter(|op| image.can(op)) {
+        let through = through(image, &model, op);
+        let next = model.foresee(op, &image.below, image.unit).expect("foresee");
+        let done = match op {
+            // Closing tells nobody what it could not write.
+            Op::Reopen => layer.flush().and_then(|()| {
+                layer = images::open(&disks)?;
+                Ok(())
+            }),
+            _ => model.apply(op, &layer, &image.below, image.unit, &|unit| {
+                image.pack(&layer, unit)
+            }),
+        };
+        if let Err(error) = done {
+            assert_ne!(error.kind(), ErrorKind::Corrupt, "{op:?}: {error:?}");
+            // What a caller does who does not give up at once must do no harm either.
+            let _ = layer.write_at(GuestOffset::ZERO, &start.disk[..512], &image.below);
+            let _ = layer.flush();
+            drop(layer);
+            let mut last = through;
+            let mut retried = shown(&next);
+            retried.disk[..512].copy_from_slice(&start.disk[..512]);
+            last.push(retried);
+            let files = images::bytes(&inner);
+            tale.failed(image, &files, effect(op), last, &shown(&next))
+                .map_err(|text| format!("{op:?} fails ({error:?}): {text}"))?;
+            return Ok(true);
+        }
+        tale.note_through(0, "", effect(op), through, shown(&model));
+    }
+    drop(layer);
+    let shown = shown(&model);
+    tale.failed(image, &images::bytes(&inner), Effect::Flows, Vec::new(), &shown)?;
+    Ok(false)
 }
 
 #[test]
 fn a_call_that_fails_corrupts_nothing() {
-    for name in ["cluster 512", "refcount 8", "over longer", "subclusters over raw"] {
+    for name in [
+        "cluster 512",
+        "refcount 8",
+        "data file",
+        "over longer",
+        "subclusters over raw",
+        "lazy",
+    ] {
         let kind = images::named(name);
         let image = kind.make();
-        let ops = story(&kind, &image, &mut runner(1));
-        let attempt = |faults: &Arc<Faults>| {
-            let inner = images::memory(&image.files);
-            let disks: Disks = inner.iter().map(|disk| faults.wrap(Arc::clone(disk))).collect();
-            let mut failed = None;
-            match images::open(&disks) {
-                Err(error) => failed = Some(error),
-                Ok(layer) => {
-                    let mut model = Model::new(image.start.clone());
-                    for op in &ops {
-                        let pack = |unit: &[u8]| image.pack(&layer, unit);
-                        if let Err(error) = model.apply(op, &layer, &image.below, image.unit, &pack) {
-                            failed = Some(error);
-                        }
+        let start = subject::picture(&image.files, &image.below).expect("look");
+        let mut runner = runner(1);
+        for number in 0..soak().min(5) {
+            let mut ops = story(&kind, &image, &mut runner);
+            ops.splice(
+                0..0,
+                [
+                    Op::Snapshot { number: 1 },
+                    Op::Write {
+                        at: 0,
+                        len: 9000,
+                        fill: 1,
+                    },
+                ],
+            );
+            ops.extend([Op::Apply { number: 1 }, Op::Delete { number: 1 }]);
+            let calls = {
+                let faults = Faults::new();
+                assert_eq!(fail(&image, &start, &ops, &faults), Ok(false), "{name}");
+                faults.calls()
+            };
+            let tries = 50 * u64::from(soak());
+            for call in (0..calls).step_by(calls.div_ceil(tries).max(1) as usize) {
+                for (failure, lasting) in [
+                    (Failure::Io, Lasting::Once),
+                    (Failure::NoSpace, Lasting::Once),
+                    (Failure::Quota, Lasting::ForGood),
+                    (Failure::ShortWrite, Lasting::ForGood),
+                ] {
+                    let faults = Faults::new();
+                    faults.fail_at(call, failure, lasting);
+                    let failed = fail(&image, &start, &ops, &faults);
+                    let what = || format!("{name}, story {number}, call {call}, {failure:?} {lasting:?}");
+                    let failed = failed.unwrap_or_else(|text| panic!("{}: {text}\n{ops:?}", what()));
+                    if faults.struck() > 0 && lasting == Lasting::ForGood {
+                        assert!(failed, "{}: nobody noticed", what());
                     }
                 }
-            }
-            (images::bytes(&inner), failed)
-        };
-        let calls = {
-            let faults = Faults::new();
-            assert!(attempt(&faults).1.is_none());
-            faults.calls()
-        };
-        for number in (0..calls).step_by(calls.div_ceil(60).max(1) as usize) {
-            for (failure, lasting) in [
-                (Failure::Io, Lasting::Once),
-                (Failure::ShortWrite, Lasting::ForGood),
-            ] {
-                let faults = Faults::new();
-                faults.fail_at(number, failure, lasting);
-                let (files, failed) = attempt(&faults);
-                if faults.struck() > 0 && lasting == Lasting::ForGood {
-                    let error = failed.unwrap_or_else(|| panic!("{name}, call {number}: nobody noticed"));
-                    assert_ne!(
-                        error.kind(),
-                        ErrorKind::Corrupt,
-                        "{name}, call {number}: {error:?}"
-                    );
-                }
-                let report = images::check(&files).expect("check");
-                assert_eq!(
-                    (report.check_errors, report.corruptions),
-                    (0, 0),
-                    "{name}, call {number}, {failure:?} {lasting:?}: {:#?}",
-                    report.findings
-                );
             }
         }
     }
@@ -361,7 +372,7 @@ fn plain_writes_wait_for_no_flush() {
     let disks = vec![journal.record(images::memory(&image.files).remove(0))];
     let layer = images::open(&disks).expect("open");
     for cluster in 0..image.start.len() as u64 / image.unit {
-        let at = diskmill_core::GuestOffset::new(cluster * image.unit);
+        let at = GuestOffset::new(cluster * image.unit);
         layer.write_at(at, &[7; 4096], &image.below).expect("write");
     }
     let flushes = |journal: &Journal| {

@@ -8,7 +8,10 @@ use diskmill_core::{
 };
 use diskmill_formats::registry;
 use diskmill_storage::Memory;
+use diskmill_testkit::model::Op;
 use diskmill_testkit::{Scratch, contract, oracle};
+
+use super::subject;
 
 /// How an image is made.
 #[derive(Clone, Copy, Debug)]
@@ -310,7 +313,8 @@ pub fn bytes(disks: &Disks) -> Vec<Vec<u8>> {
         .collect()
 }
 
-const ROLES: [Role; 2] = [Role::Main, Role::Data];
+/// What the files of an image are to it.
+pub const ROLES: [Role; 2] = [Role::Main, Role::Data];
 
 /// How the tests open images.
 pub fn how() -> OpenSpec {
@@ -373,17 +377,28 @@ impl Image {
         if self.kind.name == "raw data file" {
             assert!(files[1] == expected, "the data file is a raw image of the disk");
         }
-        if self.kind.setup == Setup::Snapshot {
-            // What the snapshot holds must not have changed.
-            let (old, new) = (self.scratch.join("old.raw"), self.scratch.join("new.raw"));
-            for (bytes, to) in [(&self.files, &old), (&files.to_vec(), &new)] {
-                let path = self.dump(bytes);
-                oracle::convert(["-l", "one"], &path, "qcow2", to, "raw");
-            }
+        // What snapshots hold must not have changed, and QEMU must read of them what we do.
+        let show = |files| subject::picture(files, &self.below).expect("look").snapshots;
+        let (first, now) = (show(&self.files), show(files));
+        for (name, bytes) in &first {
+            assert!(now.get(name) == Some(bytes), "snapshot {name}");
+        }
+        for (name, bytes) in &now {
+            let raw = self.scratch.join("snapshot.raw");
+            oracle::convert(["-l", name], &path, "qcow2", &raw, "raw");
             // QEMU reads it at the size the disk has now.
-            let [old, new] = [old, new].map(|path| std::fs::read(path).expect("read"));
-            let len = old.len().min(new.len());
-            contract::layer::same(0, &old[..len], &new[..len]);
+            let theirs = std::fs::read(raw).expect("read");
+            let len = bytes.len().min(theirs.len());
+            contract::layer::same(0, &bytes[..len], &theirs[..len]);
+        }
+    }
+
+    /// Whether the operation is one that this kind of image knows.
+    pub fn can(&self, op: &Op) -> bool {
+        match op {
+            Op::Clear => self.kind.name != "raw data file",
+            Op::Snapshot { .. } => !self.kind.options.contains("DATA"),
+            _ => true,
         }
     }
 

@@ -6,4 +6,5 @@ mod hostile;
 mod images;
 mod model;
 mod refuse;
+mod subject;
 mod threads;

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use super::images::{self, Image, KINDS, Kind, Setup};
+use super::subject;
 
 /// Operations on a disk of up to `size` bytes, in steps of `unit`.
 pub fn ops(kind: Kind, unit: u64) -> impl Strategy<Value = Vec<Op>> {
@@ -30,6 +31,7 @@ pub fn ops(kind: Kind, unit: u64) -> impl Strategy<Value = Vec<Op>> {
     let resize = (1..size * 5 / 4 / 512).prop_map(move |sectors| Op::Resize {
         size: if fixed_size { size } else { sectors * 512 },
     });
+    let number = 0..3_u8;
     let op = prop_oneof![
         12 => (place.clone(), len.clone(), any::<u8>()).prop_map(|(at, len, fill)| Op::Write { at, len, fill }),
         4 => (place.clone(), any::<u8>()).prop_map(|(at, fill)| Op::Packed { at, fill }),
@@ -39,6 +41,9 @@ pub fn ops(kind: Kind, unit: u64) -> impl Strategy<Value = Vec<Op>> {
         2 => Just(Op::Reopen),
         2 => resize,
         1 => Just(Op::Clear),
+        2 => number.clone().prop_map(|number| Op::Snapshot { number }),
+        1 => number.clone().prop_map(|number| Op::Apply { number }),
+        1 => number.prop_map(|number| Op::Delete { number }),
     ];
     proptest::collection::vec(op, 1..40)
 }
@@ -47,15 +52,19 @@ pub fn ops(kind: Kind, unit: u64) -> impl Strategy<Value = Vec<Op>> {
 fn follow(image: &Image, ops: &[Op]) {
     let disks = images::memory(&image.files);
     let mut layer = images::open(&disks).expect("open");
-    let mut model = Model::new(image.start.clone());
+    let start = subject::picture(&image.files, &image.below).expect("look");
+    let mut model = Model::with_snapshots(image.start.clone(), start.snapshots);
     for (step, op) in ops.iter().enumerate() {
-        if *op == Op::Clear && image.kind.name == "raw data file" {
+        if !image.can(op) {
             continue;
         }
         if *op == Op::Reopen {
             layer.flush().expect("flush");
             drop(layer);
-            images::assert_clean(&images::bytes(&disks));
+            let files = images::bytes(&disks);
+            images::assert_clean(&files);
+            let seen = subject::picture(&files, &image.below).expect("look");
+            assert!(seen.snapshots == *model.snapshots(), "step {step}: the snapshots");
             layer = images::open(&disks).expect("open again");
         }
         model
@@ -72,12 +81,20 @@ fn follow(image: &Image, ops: &[Op]) {
     );
     layer.flush().expect("flush");
     drop(layer);
-    image.assert_good(&images::bytes(&disks), model.bytes());
+    let files = images::bytes(&disks);
+    let seen = subject::picture(&files, &image.below).expect("look");
+    assert!(seen.snapshots == *model.snapshots(), "the snapshots");
+    image.assert_good(&files, model.bytes());
 }
 
 /// How many times the usual work `cargo xtask soak` wants.
 pub fn soak() -> u32 {
     std::env::var("DISKMILL_SOAK").map_or(1, |times| times.parse().expect("a number"))
+}
+
+/// What random choices are made from.
+pub fn seed() -> u64 {
+    std::env::var("DISKMILL_SEED").map_or(1, |seed| seed.parse().expect("a number"))
 }
 
 /// Random choices: the same every time, so that a failure can be seen again, unless `cargo xtask soak` wants others.
@@ -87,9 +104,8 @@ pub fn runner(cases: u32) -> TestRunner {
         failure_persistence: None,
         ..Config::default()
     };
-    let seed: u64 = std::env::var("DISKMILL_SEED").map_or(1, |seed| seed.parse().expect("a number"));
     let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    bytes[..8].copy_from_slice(&seed().to_le_bytes());
     TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
 }
 

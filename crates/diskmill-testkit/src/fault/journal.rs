@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{Hints, HostOffset, HostRun, RawFile, Result, Storage, StorageMut, ZeroHow};
 
+use super::cuts::{Bounds, Chance, Cut, Fate, Loss, covered, cuts};
 use super::joined;
-use crate::sparse_random::mix;
 
 /// Something that was done to a file of a [`Journal`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +62,19 @@ impl Change {
         }
     }
 
+    /// What it is, in a few words.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Write { file, at, bytes } => {
+                format!("file {file}: write {:#x}..{:#x}", at, at + bytes.len() as u64)
+            }
+            Self::Zero { file, range } => format!("file {file}: zero {range:#x?}"),
+            Self::Discard { file, range } => format!("file {file}: discard {range:#x?}"),
+            Self::SetLen { file, len } => format!("file {file}: set the length to {len:#x}"),
+            Self::Flush { file } => format!("file {file}: flush"),
+        }
+    }
+
     fn apply(&self, bytes: &mut Vec<u8>) {
         match self {
             Self::Write {
@@ -109,15 +122,24 @@ impl Journal {
 
     /// `inner`, with everything that is done to it noted from here on. The first storage is file 0, the next 1.
     pub fn record(self: &Arc<Self>, inner: Arc<dyn StorageMut>) -> Arc<dyn StorageMut> {
-        let mut bytes = vec![0; inner.len().expect("the length") as usize];
-        inner
-            .read_at(HostOffset::ZERO, &mut bytes)
-            .expect("read what is there");
+        let file = self.lock().start.len();
+        self.record_as(file, inner)
+    }
+
+    /// `inner`, noted as file `file`: a new one, or one that was opened again and holds what it held.
+    pub fn record_as(self: &Arc<Self>, file: usize, inner: Arc<dyn StorageMut>) -> Arc<dyn StorageMut> {
         let mut inside = self.lock();
-        inside.start.push(bytes);
+        if file == inside.start.len() {
+            let mut bytes = vec![0; inner.len().expect("the length") as usize];
+            inner
+                .read_at(HostOffset::ZERO, &mut bytes)
+                .expect("read what is there");
+            inside.start.push(bytes);
+        }
+        assert!(file < inside.start.len(), "files are recorded in order");
         Arc::new(Recorded {
             journal: Arc::clone(self),
-            file: inside.start.len() - 1,
+            file,
             inner,
         })
     }
@@ -140,52 +162,54 @@ impl Journal {
     /// What the files would hold after a power cut behind the first `count` changes, if the host had written all of
     /// them in order.
     pub fn prefix(&self, count: usize) -> Vec<Vec<u8>> {
-        let inside = self.lock();
-        let mut files = inside.start.clone();
-        for change in &inside.changes[..count] {
-            change.apply(&mut files[change.file()]);
-        }
-        files
+        self.state(&Cut {
+            count,
+            loss: Loss::Nothing,
+        })
     }
 
-    /// What the files might hold after a power cut behind the first `count` changes. What was flushed is there; of what
-    /// came later `seed` decides, change by change, whether it is there, and a write may be there in part, to the
-    /// sector.
+    /// What the files might hold after a power cut behind the first `count` changes: of what was not flushed `seed`
+    /// decides what is there.
     pub fn crash(&self, count: usize, seed: u64) -> Vec<Vec<u8>> {
+        self.state(&Cut {
+            count,
+            loss: Loss::Random { seed },
+        })
+    }
+
+    /// What the files hold after `cut`. What was flushed is there.
+    pub fn state(&self, cut: &Cut) -> Vec<Vec<u8>> {
         let inside = self.lock();
         let mut files = inside.start.clone();
-        let changes = &inside.changes[..count];
-        let mut state = mix(seed);
-        let mut chance = move |one_in: u64| {
-            state = mix(state);
-            state.is_multiple_of(one_in)
-        };
-        // How many changes the last flush of each file covers.
-        let mut covered = vec![0; files.len()];
-        for (index, change) in changes.iter().enumerate() {
-            if let Change::Flush { file } = change {
-                covered[*file] = index;
-            }
-        }
+        let changes = inside.changes.get(..cut.count).expect("a cut of this journal");
+        let covered = covered(changes, files.len());
+        let mut chance = cut.chance();
         for (index, change) in changes.iter().enumerate() {
             let file = change.file();
-            match change {
-                _ if index < covered[file] => change.apply(&mut files[file]),
-                Change::Write { at, bytes, .. } if !chance(2) && chance(2) => {
+            let fate = if index < covered[file] {
+                Fate::Whole
+            } else {
+                cut.fate(index, &mut chance)
+            };
+            match (fate, change) {
+                (Fate::Whole, _) => change.apply(&mut files[file]),
+                (Fate::Torn, Change::Write { at, bytes, .. }) => {
                     torn(*at, bytes, &mut chance, |at, part| {
-                        let change = Change::Write {
-                            file,
-                            at,
-                            bytes: part.to_vec(),
-                        };
-                        change.apply(&mut files[file]);
+                        let bytes = part.to_vec();
+                        Change::Write { file, at, bytes }.apply(&mut files[file]);
                     });
                 }
-                _ if chance(2) => change.apply(&mut files[file]),
                 _ => {}
             }
         }
         files
+    }
+
+    /// Power cuts to try, seeded and bounded: in each stretch between flushes the prefixes, and where the most is under
+    /// way the loss of all, of one and of all but one of the changes, one torn, and random ones.
+    pub fn cuts(&self, bounds: Bounds) -> Vec<Cut> {
+        let inside = self.lock();
+        cuts(&inside.changes, inside.start.len(), bounds)
     }
 
     fn note(&self, change: Change) {
@@ -198,13 +222,13 @@ impl Journal {
 }
 
 /// Hands on some of a write's sectors.
-fn torn(at: u64, bytes: &[u8], chance: &mut impl FnMut(u64) -> bool, mut each: impl FnMut(u64, &[u8])) {
+fn torn(at: u64, bytes: &[u8], chance: &mut Chance, mut each: impl FnMut(u64, &[u8])) {
     const SECTOR: u64 = 512;
     let end = at + bytes.len() as u64;
     let mut pos = at;
     while pos < end {
         let next = (pos - pos % SECTOR + SECTOR).min(end);
-        if chance(2) {
+        if chance.one_in(2) {
             each(pos, &bytes[(pos - at) as usize..(next - at) as usize]);
         }
         pos = next;
