@@ -20,6 +20,7 @@
 
 pub mod codec;
 pub mod crypt;
+pub mod ova;
 pub mod preallocation;
 pub mod probe;
 pub mod qcow2;
