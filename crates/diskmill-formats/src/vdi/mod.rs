@@ -10,10 +10,12 @@
 //! a block puts it behind the last one, where `blocks_allocated` says that is. A differencing image names its parent by
 //! UUID only. All integers are little-endian.
 
+mod create;
 pub mod header;
 mod layer;
 pub mod layout;
 pub mod map;
+mod options;
 pub mod uuid;
 
 pub use layer::VdiLayer;
@@ -61,19 +63,19 @@ impl Driver for Vdi {
     }
 
     fn options(&self) -> &'static [OptionSpec] {
-        &[]
+        options::OPTIONS
     }
 
-    fn outputs(&self, _spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
-        Err(unsupported("creating vdi images"))
+    fn outputs(&self, spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
+        create::outputs(spec)
     }
 
-    fn build(&self, _spec: &CreateSpec, _files: FilesMut) -> Result<Box<dyn Builder>> {
-        Err(unsupported("creating vdi images"))
+    fn build(&self, spec: &CreateSpec, files: FilesMut) -> Result<Box<dyn Builder>> {
+        create::build(spec, files)
     }
 
-    fn measure(&self, _spec: &CreateSpec, _data: Option<&mut dyn DataRuns>) -> Result<Measure> {
-        Err(unsupported("creating vdi images"))
+    fn measure(&self, spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Result<Measure> {
+        create::measure(spec, data)
     }
 }
 
