@@ -330,8 +330,7 @@ impl Tale {
             }
         }
         if lagging || figures.states.is_multiple_of(effort.repair_every) {
-            figures.repaired += 1;
-            repaired(subject, &files, moment)?;
+            figures.repaired += u64::from(repaired(subject, &files, moment)?);
         }
         if figures.states.is_multiple_of(effort.judge_every) {
             figures.judged += 1;
@@ -393,9 +392,9 @@ fn mixes(before: &[Picture], effect: Effect, through: Vec<Picture>, after: &Pict
 }
 
 /// Demands that a repair leaves files clean, and shows what they may show.
-fn repaired(subject: &dyn Subject, files: &[Vec<u8>], moment: &Moment) -> std::result::Result<(), String> {
+fn repaired(subject: &dyn Subject, files: &[Vec<u8>], moment: &Moment) -> std::result::Result<bool, String> {
     let repaired = match subject.repair(files) {
-        Err(error) if error.kind() == diskmill_core::ErrorKind::Unsupported => return Ok(()),
+        Err(error) if error.kind() == diskmill_core::ErrorKind::Unsupported => return Ok(false),
         other => other.map_err(|error| format!("repairing it fails: {error:?}"))?,
     };
     let report = subject.check(&repaired).map_err(|error| format!("{error:?}"))?;
@@ -403,7 +402,8 @@ fn repaired(subject: &dyn Subject, files: &[Vec<u8>], moment: &Moment) -> std::r
         return Err(format!("repaired it is not clean: {:#?}", report.findings));
     }
     let then = subject.look(&repaired).map_err(|error| format!("{error:?}"))?;
-    explain(moment, &then).map_err(|text| format!("repaired: {text}"))
+    explain(moment, &then).map_err(|text| format!("repaired: {text}"))?;
+    Ok(true)
 }
 
 /// Whether a report has corruptions that are not to be had.

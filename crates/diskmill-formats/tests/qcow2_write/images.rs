@@ -9,6 +9,7 @@ use diskmill_core::{
 use diskmill_formats::registry;
 use diskmill_storage::Memory;
 use diskmill_testkit::model::Op;
+use diskmill_testkit::sparse_random::mix;
 use diskmill_testkit::{Scratch, contract, oracle};
 
 use super::subject;
@@ -219,6 +220,60 @@ fn pattern(len: u64) -> Vec<u8> {
 }
 
 impl Kind {
+    /// A kind that `seed` chooses.
+    pub fn random(seed: u64) -> Self {
+        let mut state = seed;
+        let mut roll = |end: u64| {
+            state = mix(state);
+            state % end
+        };
+        let cluster = [512, 1024, 4096, 16384, 65536][roll(5) as usize];
+        let mut options = format!("cluster_size={cluster}");
+        let mut setups = vec![Setup::Empty, Setup::Used];
+        let mut alone = false;
+        if roll(5) == 0 {
+            options += ",compat=0.10";
+            setups.extend([Setup::Snapshot, Setup::Compressed]);
+        } else {
+            let bits = 1 << roll(7);
+            options += &format!(",refcount_bits={bits}");
+            if roll(3) == 0 {
+                options += ",lazy_refcounts=on";
+            }
+            if cluster >= 16384 && roll(2) == 0 {
+                options += ",extended_l2=on";
+            }
+            if roll(4) == 0 {
+                options += ",data_file=DATA";
+                alone = roll(2) == 0;
+                options += if alone { ",data_file_raw=on" } else { "" };
+            } else {
+                options += ["", ",compression_type=zstd"][roll(2) as usize];
+                setups.push(Setup::Compressed);
+                // One bit cannot count what two refer to.
+                setups.extend((bits > 1).then_some(Setup::Snapshot));
+            }
+        }
+        let size = (cluster * (8 + roll(24)) + roll(2) * 512).max(60_000) / 512 * 512;
+        let backing = (!alone && roll(3) == 0).then(|| {
+            (
+                size / 512 * (256 + roll(512)) / 512 * 512,
+                ["raw", "qcow2"][roll(2) as usize],
+            )
+        });
+        if backing.is_some() {
+            setups.retain(|setup| *setup != Setup::Compressed);
+        }
+        Self {
+            name: if alone { "raw data file" } else { "random" },
+            // Made a few hundred times at most in the life of a test.
+            options: options.leak(),
+            size,
+            backing,
+            setup: setups[roll(setups.len() as u64) as usize],
+        }
+    }
+
     /// Makes the image.
     pub fn make(&self) -> Image {
         let scratch = Scratch::new();
@@ -375,7 +430,10 @@ impl Image {
         let raw = self.scratch.file("expected.raw", expected);
         oracle::assert_identical(&path, "qcow2", raw, "raw");
         if self.kind.name == "raw data file" {
-            assert!(files[1] == expected, "the data file is a raw image of the disk");
+            // QEMU makes it up to a whole cluster.
+            let (disk, rest) = files[1].split_at(expected.len());
+            assert!(disk == expected, "the data file is a raw image of the disk");
+            assert!(rest.iter().all(|byte| *byte == 0) && (rest.len() as u64) < self.unit);
         }
         // What snapshots hold must not have changed, and QEMU must read of them what we do.
         let show = |files| subject::picture(files, &self.below).expect("look").snapshots;

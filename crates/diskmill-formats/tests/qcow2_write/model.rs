@@ -1,10 +1,12 @@
 //! Random operations, each image against a vector of bytes and against QEMU.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskmill_core::{Layer, ZeroHow};
 use diskmill_testkit::contract;
 use diskmill_testkit::model::{Model, Op};
+use diskmill_testkit::sparse_random::mix;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -45,7 +47,7 @@ pub fn ops(kind: Kind, unit: u64) -> impl Strategy<Value = Vec<Op>> {
         1 => number.clone().prop_map(|number| Op::Apply { number }),
         1 => number.prop_map(|number| Op::Delete { number }),
     ];
-    proptest::collection::vec(op, 1..40)
+    proptest::collection::vec(op, 4..40)
 }
 
 /// Does `ops` to the image, comparing after each, and hands the result to both checkers.
@@ -98,28 +100,57 @@ pub fn seed() -> u64 {
 }
 
 /// Random choices: the same every time, so that a failure can be seen again, unless `cargo xtask soak` wants others.
-pub fn runner(cases: u32) -> TestRunner {
+///
+/// `salt` keeps tests from making the same choices.
+pub fn runner(cases: u32, salt: u64) -> TestRunner {
     let config = Config {
         cases,
         failure_persistence: None,
+        max_shrink_iters: 1000,
         ..Config::default()
     };
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed().to_le_bytes());
+    bytes[8..16].copy_from_slice(&salt.to_le_bytes());
     TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
+}
+
+/// Follows random operations on `image`, and adds their number to `steps`.
+fn follow_random(image: &Image, cases: u32, salt: u64, steps: &AtomicU64) {
+    let kind = image.kind;
+    runner(cases, salt)
+        .run(&ops(kind, image.unit), |ops| {
+            follow(image, &ops);
+            steps.fetch_add(ops.len() as u64, Ordering::Relaxed);
+            Ok(())
+        })
+        .unwrap_or_else(|error| panic!("{kind:?} (DISKMILL_SEED={}): {error}", seed()));
+}
+
+/// Tells how much was done, for whoever asks by `--no-capture`.
+#[allow(clippy::print_stderr, reason = "figures for SECURITY.md")]
+fn tell(what: &str, steps: &AtomicU64) {
+    eprintln!("model, {what}: {} steps", steps.load(Ordering::Relaxed));
 }
 
 #[test]
 fn random_operations_follow_the_model() {
-    for kind in KINDS {
+    let steps = AtomicU64::new(0);
+    for (salt, kind) in (0..).zip(KINDS) {
         let image = kind.make();
         follow(&image, &[]);
         let cases = if kind.size > 1 << 20 { 3 } else { 6 };
-        runner(cases * soak())
-            .run(&ops(*kind, image.unit), |ops| {
-                follow(&image, &ops);
-                Ok(())
-            })
-            .unwrap_or_else(|error| panic!("{}: {error}", kind.name));
+        follow_random(&image, cases * soak(), salt, &steps);
     }
+    tell("images of each kind", &steps);
+}
+
+#[test]
+fn random_images_follow_the_model() {
+    let steps = AtomicU64::new(0);
+    for number in 0..16 * u64::from(soak()) {
+        let image = Kind::random(mix(seed()) ^ number).make();
+        follow_random(&image, 2, number, &steps);
+    }
+    tell("images of random kinds", &steps);
 }
