@@ -27,5 +27,6 @@ pub mod qcow2;
 pub mod raw;
 pub mod registry;
 pub mod vdi;
+pub mod vmdk;
 
 pub use probe::{Foreign, ForeignKind, Probed, probe, recognise};

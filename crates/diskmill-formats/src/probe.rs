@@ -299,12 +299,7 @@ mod tests {
                 "a VHD disk image",
                 ForeignKind::Disk,
             ),
-            (b"KDMV\x01\0\0\0", "a VMDK disk image", ForeignKind::Disk),
-            (
-                b"# Disk DescriptorFile\nversion=1\n",
-                "a VMDK descriptor file",
-                ForeignKind::Disk,
-            ),
+            (b"vhdxfile", "a VHDX disk image", ForeignKind::Disk),
             (&vhd, "a VHD disk image of fixed size", ForeignKind::AlsoRaw),
             (ovf, "an OVF descriptor", ForeignKind::Archive),
             (&iso, "an ISO 9660 image", ForeignKind::AlsoRaw),

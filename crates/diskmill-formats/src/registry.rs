@@ -2,9 +2,9 @@
 
 use diskmill_core::Driver;
 
-use crate::{qcow2, raw, vdi};
+use crate::{qcow2, raw, vdi, vmdk};
 
-static DRIVERS: [&dyn Driver; 3] = [&raw::DRIVER, &qcow2::DRIVER, &vdi::DRIVER];
+static DRIVERS: [&dyn Driver; 4] = [&raw::DRIVER, &qcow2::DRIVER, &vmdk::DRIVER, &vdi::DRIVER];
 
 /// The drivers of all formats.
 pub fn drivers() -> &'static [&'static dyn Driver] {

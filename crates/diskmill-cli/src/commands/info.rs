@@ -105,7 +105,7 @@ fn to_json(info: &ImageInfo, ui: &Ui) -> Json {
         pairs.push(("format-specific", specific));
     }
     if let (Some(details), false) = (&info.details, ui.drop_in()) {
-        pairs.push(("details", value_json(details)));
+        pairs.push(("details", details_json(details)));
     }
     let children = info
         .children
@@ -148,6 +148,15 @@ fn value_json(value: &Value) -> Json {
         Value::Map(pairs) => Json::object(pairs.iter().map(|(key, value)| (*key, value_json(value)))),
         Value::Text(text) => Json::text(text),
         other => Json::text(format!("{other:?}")),
+    }
+}
+
+/// The same in the order of the format.
+fn details_json(value: &Value) -> Json {
+    match value {
+        Value::List(values) => Json::List(values.iter().map(details_json).collect()),
+        Value::Map(pairs) => Json::ordered(pairs.iter().map(|(key, value)| (*key, details_json(value)))),
+        other => value_json(other),
     }
 }
 
@@ -205,7 +214,7 @@ fn to_text(info: &ImageInfo, ui: &Ui) -> String {
     specific(&mut out, 0, info, ui);
     if let (Some(details), false) = (&info.details, ui.drop_in()) {
         out.line(0, format_args!("Details:"));
-        values(&mut out, 4, &value_json(details), ui);
+        values(&mut out, 4, &details_json(details), ui);
     }
     for child in &info.children {
         let node = &child.info;

@@ -3,7 +3,7 @@
 //! The unit is decoded into a buffer of exactly its size, so a stream that expands without end costs no more than
 //! one that does not.
 
-use flate2::{Decompress, FlushDecompress};
+use flate2::{Decompress, FlushDecompress, Status};
 use zstd::zstd_safe::{self, DCtx};
 
 /// Why a unit could not be decoded.
@@ -40,6 +40,8 @@ pub enum DecodeError {
 pub enum Decoder {
     /// Raw deflate, without a zlib or gzip header.
     Deflate(Box<Decompress>),
+    /// A zlib stream: deflate with a header and a checksum.
+    Zlib(Box<Decompress>),
     /// Zstandard frames.
     Zstd(DCtx<'static>),
 }
@@ -48,6 +50,7 @@ impl std::fmt::Debug for Decoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Deflate(_) => "Decoder::Deflate",
+            Self::Zlib(_) => "Decoder::Zlib",
             Self::Zstd(_) => "Decoder::Zstd",
         })
     }
@@ -59,6 +62,11 @@ impl Decoder {
         Self::Deflate(Box::new(Decompress::new(false)))
     }
 
+    /// A decoder of zlib streams.
+    pub fn zlib() -> Self {
+        Self::Zlib(Box::new(Decompress::new(true)))
+    }
+
     /// A decoder of Zstandard frames.
     pub fn zstd() -> Result<Self, DecodeError> {
         DCtx::try_create()
@@ -68,12 +76,47 @@ impl Decoder {
 
     /// Fills all of `output` from `input`. What `input` has behind the stream is ignored.
     ///
-    /// A deflate stream may hold more than `output` does and is cut; Zstandard frames must fill it exactly.
+    /// A deflate stream may hold more than `output` does and is cut; zlib streams and Zstandard frames must fill it
+    /// exactly.
     pub fn decode(&mut self, input: &[u8], output: &mut [u8]) -> Result<(), DecodeError> {
         match self {
             Self::Deflate(state) => inflate(state, input, output),
+            Self::Zlib(state) => {
+                let (have, needed) = (unzlib(state, input, output)?, output.len());
+                if have == needed {
+                    return Ok(());
+                }
+                Err(DecodeError::Short {
+                    codec: "zlib",
+                    have: have as u64,
+                    needed: needed as u64,
+                })
+            }
             Self::Zstd(state) => unzstd(state, input, output),
         }
+    }
+
+    /// Puts all that the stream in `input` holds at the start of `output`, and says how much that is: it may be less
+    /// than `output`, not more. For zlib streams; others must fill `output`.
+    pub fn decode_some(&mut self, input: &[u8], output: &mut [u8]) -> Result<usize, DecodeError> {
+        match self {
+            Self::Zlib(state) => unzlib(state, input, output),
+            other => other.decode(input, output).map(|()| output.len()),
+        }
+    }
+}
+
+fn unzlib(state: &mut Decompress, input: &[u8], output: &mut [u8]) -> Result<usize, DecodeError> {
+    let damaged = |text: String| DecodeError::Damaged { codec: "zlib", text };
+    state.reset(true);
+    match state.decompress(input, output, FlushDecompress::Finish) {
+        Ok(Status::StreamEnd) => Ok(usize::try_from(state.total_out()).unwrap_or(usize::MAX)),
+        Ok(_) if state.total_out() == output.len() as u64 => Err(damaged(format!(
+            "it holds more than {} bytes, or is cut short",
+            output.len()
+        ))),
+        Ok(_) => Err(damaged("it is cut short".to_owned())),
+        Err(error) => Err(damaged(error.to_string())),
     }
 }
 

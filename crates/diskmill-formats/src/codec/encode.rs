@@ -29,6 +29,8 @@ const ZSTD_CHAIN_LOG: u32 = 16;
 pub enum Codec {
     /// Raw deflate at a level of 1 to 12.
     Deflate(i32),
+    /// A zlib stream at a level of 1 to 12, for formats that store every unit so.
+    Zlib(i32),
     /// A Zstandard frame at a level of 1 to 22.
     Zstd(i32),
 }
@@ -44,6 +46,14 @@ impl Codec {
         match level.unwrap_or(default) {
             level @ 1..=12 => Ok(Self::Deflate(level)),
             level => Err(out_of_range(level, "1 to 12 with zlib")),
+        }
+    }
+
+    /// A zlib stream, at the default level for units of `unit` bytes if `level` is `None`.
+    pub fn zlib(level: Option<i32>, unit: u64) -> Result<Self, OptionError> {
+        match Self::deflate(level, unit)? {
+            Self::Deflate(level) => Ok(Self::Zlib(level)),
+            other => Ok(other),
         }
     }
 
@@ -66,6 +76,7 @@ fn out_of_range(level: i32, allowed: &'static str) -> OptionError {
 
 enum Packer {
     Deflate(Compressor),
+    Zlib(Compressor),
     Zstd(zstd::bulk::Compressor<'static>),
 }
 
@@ -79,11 +90,8 @@ impl UnitEncoder {
     pub fn new(codec: Option<Codec>) -> Result<Self> {
         let packer = match codec {
             None => None,
-            Some(Codec::Deflate(level)) => {
-                let level =
-                    CompressionLvl::new(level).map_err(|_| out_of_range(level, "1 to 12 with zlib"))?;
-                Some(Packer::Deflate(Compressor::new(level)))
-            }
+            Some(Codec::Deflate(level)) => Some(Packer::Deflate(compressor(level)?)),
+            Some(Codec::Zlib(level)) => Some(Packer::Zlib(compressor(level)?)),
             Some(Codec::Zstd(level)) => {
                 let mut compressor = zstd::bulk::Compressor::new(level)?;
                 if level == ZSTD_LEVEL {
@@ -94,6 +102,11 @@ impl UnitEncoder {
         };
         Ok(Self { packer })
     }
+}
+
+fn compressor(level: i32) -> Result<Compressor> {
+    let level = CompressionLvl::new(level).map_err(|_| out_of_range(level, "1 to 12 with zlib"))?;
+    Ok(Compressor::new(level))
 }
 
 impl Encoder for UnitEncoder {
@@ -111,6 +124,14 @@ impl Encoder for UnitEncoder {
                 // With no room for more than is worth having, it gives up as soon as it cannot win.
                 scratch.resize(unit.len().saturating_sub(1), 0);
                 compressor.deflate_compress(unit, scratch).ok()
+            }
+            Some(Packer::Zlib(compressor)) => {
+                let bound = compressor.zlib_compress_bound(unit.len());
+                scratch.resize(bound, 0);
+                let len = compressor
+                    .zlib_compress(unit, scratch)
+                    .map_err(|error| Error::new(ErrorKind::Io, error).op("compress"))?;
+                Some(len)
             }
             Some(Packer::Zstd(compressor)) => {
                 scratch.resize(zstd::zstd_safe::compress_bound(unit.len()), 0);
@@ -154,6 +175,9 @@ mod tests {
         let mut out = Vec::new();
         match codec {
             Codec::Deflate(_) => flate2::read::DeflateDecoder::new(bytes)
+                .read_to_end(&mut out)
+                .unwrap(),
+            Codec::Zlib(_) => flate2::read::ZlibDecoder::new(bytes)
                 .read_to_end(&mut out)
                 .unwrap(),
             Codec::Zstd(_) => zstd::Decoder::new(bytes).unwrap().read_to_end(&mut out).unwrap(),
