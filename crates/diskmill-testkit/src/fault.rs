@@ -38,6 +38,7 @@ mod journal;
 
 use std::io::{Error as IoError, IoSlice};
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -144,6 +145,16 @@ impl Faults {
         Arc::new(Faulty {
             faults: Arc::clone(self),
             inner,
+            path: None,
+        })
+    }
+
+    /// The file `inner`, its calls counted here. Errors name it, as those of a file do.
+    pub fn wrap_file(self: &Arc<Self>, path: &Path, inner: Arc<dyn StorageMut>) -> Arc<dyn StorageMut> {
+        Arc::new(Faulty {
+            faults: Arc::clone(self),
+            inner,
+            path: Some(path.to_owned()),
         })
     }
 
@@ -159,13 +170,6 @@ impl Faults {
         self.struck.fetch_add(1, Ordering::SeqCst);
         Some(failure)
     }
-
-    fn pass(&self, call: Call) -> Result<()> {
-        match self.count(call) {
-            Some(failure) => Err(failure.error(call)),
-            None => Ok(()),
-        }
-    }
 }
 
 fn joined(bufs: &[IoSlice<'_>]) -> Vec<u8> {
@@ -176,6 +180,24 @@ fn joined(bufs: &[IoSlice<'_>]) -> Vec<u8> {
 struct Faulty {
     faults: Arc<Faults>,
     inner: Arc<dyn StorageMut>,
+    path: Option<PathBuf>,
+}
+
+impl Faulty {
+    fn pass(&self, call: Call) -> Result<()> {
+        match self.faults.count(call) {
+            Some(failure) => Err(self.error(failure, call)),
+            None => Ok(()),
+        }
+    }
+
+    fn error(&self, failure: Failure, call: Call) -> Error {
+        let error = failure.error(call);
+        match &self.path {
+            Some(path) => error.path(path),
+            None => error,
+        }
+    }
 }
 
 impl Storage for Faulty {
@@ -192,7 +214,7 @@ impl Storage for Faulty {
     }
 
     fn read_at(&self, at: HostOffset, buf: &mut [u8]) -> Result<()> {
-        self.faults.pass(Call::Read)?;
+        self.pass(Call::Read)?;
         self.inner.read_at(at, buf)
     }
 
@@ -209,7 +231,7 @@ impl Storage for Faulty {
     }
 
     fn read_padded(&self, at: HostOffset, buf: &mut [u8]) -> Result<()> {
-        self.faults.pass(Call::Read)?;
+        self.pass(Call::Read)?;
         self.inner.read_padded(at, buf)
     }
 }
@@ -227,31 +249,31 @@ impl StorageMut for Faulty {
             let bytes = joined(bufs);
             self.inner.write_at(at, &bytes[..bytes.len() / 2])?;
         }
-        Err(failure.error(Call::Write).host(at))
+        Err(self.error(failure, Call::Write).host(at))
     }
 
     fn zero(&self, range: Range<HostOffset>, how: ZeroHow) -> Result<()> {
-        self.faults.pass(Call::Zero)?;
+        self.pass(Call::Zero)?;
         self.inner.zero(range, how)
     }
 
     fn discard(&self, range: Range<HostOffset>) -> Result<()> {
-        self.faults.pass(Call::Discard)?;
+        self.pass(Call::Discard)?;
         self.inner.discard(range)
     }
 
     fn allocate(&self, range: Range<HostOffset>) -> Result<()> {
-        self.faults.pass(Call::Allocate)?;
+        self.pass(Call::Allocate)?;
         self.inner.allocate(range)
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
-        self.faults.pass(Call::SetLen)?;
+        self.pass(Call::SetLen)?;
         self.inner.set_len(len)
     }
 
     fn sync(&self) -> Result<()> {
-        self.faults.pass(Call::Sync)?;
+        self.pass(Call::Sync)?;
         self.inner.sync()
     }
 }

@@ -9,6 +9,7 @@ use diskmill_storage::{
     CacheMode, File, FileOptions, InPlace, LockPlan, NotADisk, PipeOut, StageOptions, Staged,
 };
 
+use crate::open::Around;
 use crate::policy::References;
 
 /// The files a new image is written to. Unless [`commit`](Self::commit) is called, the target stays as it was.
@@ -72,6 +73,15 @@ impl Target {
             files: vec![(Role::Main, main)],
             staged: Vec::new(),
             pipe,
+        }
+    }
+
+    /// Puts something around the files of the image that is to be called `path`.
+    pub(crate) fn surround(&mut self, path: &Path, around: Option<&Arc<dyn Around>>) {
+        if let Some(around) = around {
+            for (_, file) in &mut self.files {
+                *file = around.around(path, Arc::clone(file));
+            }
         }
     }
 

@@ -1,6 +1,7 @@
 //! Making a new, empty image.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use diskmill_core::{
     BackingName, CreateSpec, Driver, Durability, Error, ErrorKind, Facts, Finish, Format, GuestOffset, Job,
@@ -9,7 +10,7 @@ use diskmill_core::{
 use diskmill_formats::registry;
 use diskmill_storage::{CacheMode, random_u32};
 
-use crate::open::{self, Image, OpenRequest};
+use crate::open::{self, Around, Image, OpenRequest};
 use crate::policy::References;
 use crate::spec::ImageSpec;
 use crate::target::Target;
@@ -39,6 +40,8 @@ pub struct CreateRequest {
     pub limits: Limits,
     /// What must hold when it is done.
     pub durability: Durability,
+    /// What is put around each file that is made.
+    pub around: Option<Arc<dyn Around>>,
 }
 
 impl CreateRequest {
@@ -55,6 +58,7 @@ impl CreateRequest {
             policy: References::Any,
             limits: Limits::default(),
             durability: Durability::Synced,
+            around: None,
         }
     }
 }
@@ -126,6 +130,7 @@ pub struct Creation {
     backing_format: Option<String>,
     backing_facts: Option<Box<Facts>>,
     durability: Durability,
+    around: Option<Arc<dyn Around>>,
     policy: References,
 }
 
@@ -185,6 +190,7 @@ fn check(request: &CreateRequest) -> Result<Creation> {
         backing_format,
         backing_facts,
         durability: request.durability,
+        around: request.around.clone(),
         policy: request.policy.clone(),
     };
     creation.shown = creation.show()?;
@@ -212,7 +218,9 @@ impl Creation {
         spec.backing_facts = self.backing_facts;
         name_it(&mut spec, self.target.path());
         let outputs = self.driver.outputs(&spec)?;
-        let target = Target::create(self.target.path(), &outputs, CacheMode::Writeback, &self.policy)?;
+        let path = self.target.path();
+        let mut target = Target::create(path, &outputs, CacheMode::Writeback, &self.policy)?;
+        target.surround(path, self.around.as_ref());
         let files = target.files();
         // A raw image is the device itself: what is on it stays, as with `qemu-img`.
         let keep =

@@ -134,12 +134,13 @@ impl Start {
             spec.backing = Some(BackingName { name, format });
         }
         let outputs = outputs(plan, driver, &mut spec)?;
-        let target = Target::create(
+        let mut target = Target::create(
             path(image),
             &outputs,
             image.cache,
             &backing_like(plan, image).policy,
         )?;
+        target.surround(path(image), image.around.as_ref());
         let builder = driver.build(&spec, target.files())?;
         Ok((Self { target, builder }, below))
     }

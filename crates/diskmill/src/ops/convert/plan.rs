@@ -1,11 +1,12 @@
 //! What is to be converted, into what, and how.
 
 use std::num::{NonZeroU64, NonZeroUsize};
+use std::sync::Arc;
 
 use diskmill_core::{Compression, Durability, Options};
 use diskmill_storage::CacheMode;
 
-use crate::open::OpenRequest;
+use crate::open::{Around, OpenRequest};
 use crate::spec::ImageSpec;
 
 /// A conversion: some disks, one behind the other, become one image.
@@ -92,6 +93,8 @@ pub struct NewImage {
     pub backing_format: Option<String>,
     /// How writes pass the host's cache (`-t`).
     pub cache: CacheMode,
+    /// What is put around each file that is made.
+    pub around: Option<Arc<dyn Around>>,
 }
 
 impl NewImage {
@@ -104,6 +107,7 @@ impl NewImage {
             backing: None,
             backing_format: None,
             cache: CacheMode::Writeback,
+            around: None,
         }
     }
 }

@@ -1,0 +1,51 @@
+//! Power cuts in the middle of operations.
+
+use std::sync::Arc;
+
+use diskmill_testkit::crash::{Effort, Figures, Tale};
+
+use super::operations::{OPERATIONS, seed, soak};
+use super::world::{Operation, Outcome, Recorded, Recorder, World};
+
+fn survive(operation: &Operation) -> Figures {
+    let Some(effect) = operation.outcome.effect() else {
+        return Figures::default();
+    };
+    let mut world = World::new(&operation.make);
+    let first = world.files();
+    let before = world.look().expect("look");
+    let recorder = Arc::new(Recorder::default());
+    world.around = Some(recorder.clone());
+    let mut tale = Tale::new(operation.name, &recorder.journal, before);
+    (operation.run)(&world).unwrap_or_else(|error| panic!("{}: {error:?}", operation.name));
+    world.around = None;
+    let after = world.look().expect("look");
+    tale.note(0, operation.name, effect, after);
+    if operation.outcome == Outcome::Sharing {
+        tale.flags_may_lag();
+    }
+    let names = recorder.names();
+    assert!(
+        !recorder.journal.is_empty(),
+        "{}: nothing was written",
+        operation.name
+    );
+    tale.survive(&Recorded { names, first }, Effort::usual(seed()).times(soak()))
+}
+
+/// Tells what was tried, for whoever asks by `--no-capture`.
+#[allow(clippy::print_stderr, reason = "figures for SECURITY.md")]
+fn tell(what: &str, figures: &Figures) {
+    eprintln!("power cuts, {what}: {figures:?}");
+}
+
+#[test]
+fn a_power_cut_at_random_in_an_operation_loses_nothing() {
+    let mut all = Figures::default();
+    for operation in OPERATIONS {
+        let figures = survive(operation);
+        tell(operation.name, &figures);
+        all += figures;
+    }
+    tell("operations", &all);
+}

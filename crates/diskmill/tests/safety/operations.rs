@@ -1,0 +1,172 @@
+//! The operations that are put to the test.
+
+use diskmill::open::OpenRequest;
+use diskmill::ops::convert::{self, ExistingImage, Input, NewImage, Output, Plan};
+use diskmill::ops::create::{self, CreateRequest};
+use diskmill::ops::resize::{self, NewSize, Preallocation, ResizeRequest};
+use diskmill::ops::snapshot::{self, Action};
+use diskmill::spec::ImageSpec;
+use diskmill_core::{Compression, Error, ErrorKind, Job, Options, Result};
+use diskmill_testkit::crash::Effect;
+use diskmill_testkit::{Scratch, oracle};
+
+use super::world::{Operation, Outcome, World};
+
+/// What random choices are made from.
+pub fn seed() -> u64 {
+    std::env::var("DISKMILL_SEED").map_or(1, |seed| seed.parse().expect("a number"))
+}
+
+/// How many times the usual work `cargo xtask soak` wants.
+pub fn soak() -> u32 {
+    std::env::var("DISKMILL_SOAK").map_or(1, |times| times.parse().expect("a number"))
+}
+
+/// Repairs everything in every image.
+pub fn repair(world: &World) -> Result<()> {
+    let _ = world;
+    Err(Error::bare(ErrorKind::Unsupported))
+}
+
+/// A raw disk of 300 KiB called `disk.raw`.
+fn disk(scratch: &Scratch) {
+    let bytes: Vec<u8> = (0..300_u64 << 10).map(|at| (at / 700 % 250) as u8 + 1).collect();
+    scratch.file("disk.raw", &bytes);
+}
+
+/// A disk with data, zeros and holes called `image`.
+fn used(scratch: &Scratch, options: &str) {
+    let image = scratch.join("image");
+    oracle::create(&image, "qcow2", options, "300k");
+    let steps = [
+        "write -P 1 20k 60k",
+        "write -P 2 130k 512",
+        "write -z 150k 40k",
+        "discard 40k 8k",
+    ];
+    oracle::io(&image, "qcow2", steps);
+}
+
+/// As `used`, with two snapshots that share some of it.
+fn kept(scratch: &Scratch, options: &str) {
+    used(scratch, options);
+    let image = scratch.join("image");
+    for (name, step) in [("one", "write -P 3 70k 40k"), ("two", "write -P 4 10k 30k")] {
+        oracle::qemu_img().args(["snapshot", "-c", name]).arg(&image).ok();
+        oracle::io(&image, "qcow2", [step]);
+    }
+}
+
+fn create(world: &World, options: &str) -> Result<()> {
+    let mut request = CreateRequest::new(ImageSpec::from_path(world.scratch.join("new")), "qcow2");
+    request.size = Some(1 << 20);
+    request.options = Options::parse(options);
+    request.around.clone_from(&world.around);
+    create::plan(&request)?.run(Job::silent())
+}
+
+fn convert(world: &World, source: &str, format: &str, change: impl Fn(&mut Plan)) -> Result<()> {
+    let mut new = NewImage::new(ImageSpec::from_path(world.scratch.join("new")), format);
+    new.options = Options::parse(if format == "raw" { "" } else { "cluster_size=4k" });
+    new.around.clone_from(&world.around);
+    let input = Input::Image(Box::new(world.request(source)));
+    let mut plan = Plan::new(input, Output::New(new));
+    change(&mut plan);
+    convert::run(&plan, Job::silent()).map(drop)
+}
+
+fn resize(world: &World, size: u64, preallocation: Preallocation) -> Result<()> {
+    let mut request = ResizeRequest::new(world.request("image"), NewSize::To(size));
+    request.preallocation = preallocation;
+    request.shrink = true;
+    resize::run(&request, &mut |_| {}).map(drop)
+}
+
+fn change(world: &World, action: Action) -> Result<()> {
+    let request: OpenRequest = world.request("image");
+    snapshot::change(&request, &action, &mut |_| {})
+}
+
+const SWITCHES: Outcome = Outcome::InPlace(Effect::Switches);
+const SETTLES: Outcome = Outcome::InPlace(Effect::Settles);
+
+/// All of them.
+pub const OPERATIONS: &[Operation] = &[
+    Operation {
+        name: "create",
+        make: |_| {},
+        run: |world| create(world, ""),
+        outcome: Outcome::New,
+    },
+    Operation {
+        name: "create, preallocated",
+        make: |_| {},
+        run: |world| create(world, "preallocation=full,cluster_size=4k"),
+        outcome: Outcome::New,
+    },
+    Operation {
+        name: "convert to qcow2",
+        make: disk,
+        run: |world| convert(world, "disk.raw", "qcow2", |_| {}),
+        outcome: Outcome::New,
+    },
+    Operation {
+        name: "convert to qcow2, compressed",
+        make: disk,
+        run: |world| {
+            convert(world, "disk.raw", "qcow2", |plan| {
+                plan.compress = Some(Compression::default());
+            })
+        },
+        outcome: Outcome::New,
+    },
+    Operation {
+        name: "convert to raw",
+        make: |scratch| used(scratch, "cluster_size=4k"),
+        run: |world| convert(world, "image", "raw", |_| {}),
+        outcome: Outcome::New,
+    },
+    Operation {
+        name: "convert into an existing image",
+        make: |scratch| {
+            disk(scratch);
+            used(scratch, "cluster_size=4k");
+        },
+        run: |world| {
+            let input = Input::Image(Box::new(world.request("disk.raw")));
+            let existing = ExistingImage::new(world.request("image"));
+            convert::run(&Plan::new(input, Output::Existing(existing)), Job::silent()).map(drop)
+        },
+        outcome: SETTLES,
+    },
+    Operation {
+        name: "grow",
+        make: |scratch| used(scratch, "cluster_size=512"),
+        run: |world| resize(world, 9 << 20, Preallocation::Off),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "grow, preallocated",
+        make: |scratch| used(scratch, "cluster_size=4k"),
+        run: |world| resize(world, 600 << 10, Preallocation::Full),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "make a snapshot",
+        make: |scratch| kept(scratch, "cluster_size=4k"),
+        run: |world| change(world, Action::Create("three".to_owned())),
+        outcome: Outcome::Sharing,
+    },
+    Operation {
+        name: "apply a snapshot",
+        make: |scratch| kept(scratch, "cluster_size=4k,lazy_refcounts=on"),
+        run: |world| change(world, Action::Apply("one".to_owned())),
+        outcome: Outcome::Sharing,
+    },
+    Operation {
+        name: "delete a snapshot",
+        make: |scratch| kept(scratch, "cluster_size=16k,extended_l2=on"),
+        run: |world| change(world, Action::Delete("one".to_owned())),
+        outcome: Outcome::Sharing,
+    },
+];
