@@ -145,7 +145,7 @@ fn first_line(head: &[u8]) -> &[u8] {
 }
 
 /// The name of the root element, without its namespace.
-fn root_element(head: &[u8]) -> Option<&[u8]> {
+pub(crate) fn root_element(head: &[u8]) -> Option<&[u8]> {
     let text = head.get(..head.len().min(TEXT))?;
     let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
     if !text.trim_ascii_start().starts_with(b"<") {

@@ -3,7 +3,7 @@
 //! * [`File`]: a regular file or block device, through the page cache or past it, with QEMU's [locks](lock).
 //! * [`Staged`]: a new file that takes its name only when it is complete.
 //! * [`Memory`]: bytes in memory, sparse.
-//! * [`Window`]: a part of another storage. [`RateLimit`]: what writers are held to.
+//! * [`Window`]: a part of another storage. [`Concat`]: several as one. [`RateLimit`]: what writers are held to.
 //! * [`PipeOut`] and [`PipeIn`]: what can only be written or read in order.
 //!
 //! Nothing here knows a disk image format.
@@ -11,6 +11,7 @@
 
 mod buffer;
 mod cache;
+mod concat;
 mod copy;
 mod device;
 mod error;
@@ -27,6 +28,7 @@ mod window;
 
 pub use buffer::AlignedBuf;
 pub use cache::CacheMode;
+pub use concat::Concat;
 pub use copy::copy_range;
 pub use diskmill_core::Durability;
 pub use error::{CannotGrow, NoDirect, NotADisk};

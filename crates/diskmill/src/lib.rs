@@ -8,6 +8,7 @@
 pub mod device;
 pub mod open;
 pub mod ops;
+pub mod package;
 pub mod policy;
 pub mod spec;
 mod target;

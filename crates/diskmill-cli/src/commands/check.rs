@@ -5,7 +5,7 @@ use clap::Args;
 use diskmill::ops::check::{CheckUnsupported, Checked, run};
 use diskmill_core::{CheckReport, FindingKind};
 
-use super::{LookArgs, Run};
+use super::{LookArgs, Run, package};
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::json::Json;
@@ -53,6 +53,11 @@ impl Run for CheckArgs {
             return Err(Failure::usage_help("Expecting one image file name"));
         };
         let request = self.look.request(ui, name, self.cache.as_deref())?;
+        if self.repair.is_none()
+            && let Some(package) = package::look(ui, name, &request)?
+        {
+            return package::check(&package, name, json, self.quiet, ui);
+        }
         let progress = Progress::begin(ui, Style::None)?;
         let checked = run(&request, progress.job());
         progress.signals().die_if_cancelled(&checked);

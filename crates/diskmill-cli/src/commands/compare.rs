@@ -1,11 +1,13 @@
+use std::cell::Cell;
 use std::ffi::OsString;
 
 use clap::Args;
 use diskmill::open;
 use diskmill::ops::compare::{CompareError, CompareOptions, Difference, Side, Verdict, run};
+use diskmill::package::PackageError;
 use diskmill_core::Error;
 
-use super::{DoArgs, Run, Source};
+use super::{DiskArgs, DoArgs, Run, Source};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
@@ -47,6 +49,8 @@ pub struct CompareArgs {
     force_share: bool,
     #[command(flatten)]
     how: DoArgs,
+    #[command(flatten)]
+    which: DiskArgs,
     /// The two images
     #[arg(value_name = "FILENAME1 FILENAME2", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
@@ -69,25 +73,48 @@ impl Run for CompareArgs {
     }
 }
 
+/// Whether a disk was to be chosen of something that is no package.
+fn is_no_package(error: &diskmill_core::Error) -> bool {
+    matches!(error.find::<PackageError>(), Some(PackageError::NotAPackage(_)))
+}
+
 impl CompareArgs {
     fn compare(&self, ui: &Ui, first: &OsString, second: &OsString) -> Result<Exit, Failure> {
         let not_open = |failure: Failure| failure.exit_with(Exit::COMPARE_OPEN);
         let json = self.how.wants_json().map_err(not_open)?;
         let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)
             .map_err(not_open)?;
-        let open = |name: &OsString, format: Option<&str>| {
+        let attempt = |name: &OsString, format: Option<&str>, disk: Option<String>| {
             let source = Source {
                 format,
                 image_opts: self.image_opts,
                 share: self.force_share,
                 cache: self.cache.as_deref(),
                 snapshot: None,
+                disk,
             };
             let request = source.request(name, &self.how.native, ui)?;
-            open::image(&request).map_err(|error| Failure::open(name, error))
+            Ok::<_, Failure>(open::image(&request))
+        };
+        // A disk is chosen of whichever of the two is a package.
+        let packages = Cell::new(0);
+        let open = |name: &OsString, format: Option<&str>| {
+            let opened = match attempt(name, format, self.which.disk.clone())? {
+                Err(error) if is_no_package(&error) => attempt(name, format, None)?,
+                opened => {
+                    packages.set(packages.get() + 1);
+                    opened
+                }
+            };
+            opened.map_err(|error| Failure::open(name, error))
         };
         let one = open(first, self.a_format.as_deref()).map_err(not_open)?;
         let two = open(second, self.b_format.as_deref()).map_err(not_open)?;
+        if let (0, Some(disk)) = (packages.get(), &self.which.disk) {
+            return Err(not_open(Failure::usage(format!(
+                "neither image is an OVF package, so --disk '{disk}' makes no sense"
+            ))));
+        }
         let shorter = one.chain.virtual_size().min(two.chain.virtual_size());
         let progress = Progress::begin(ui, style)?;
         let options = CompareOptions {

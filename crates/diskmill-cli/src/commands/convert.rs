@@ -11,7 +11,7 @@ use diskmill::spec::ImageSpec;
 use diskmill_core::{Compression, Durability, ErrorKind, Format, OptionError, Options};
 use diskmill_storage::CacheMode;
 
-use super::{DoArgs, NATIVE, Run, Source, creation_options};
+use super::{DiskArgs, DoArgs, NATIVE, Run, Source, creation_options};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
@@ -99,6 +99,8 @@ pub struct ConvertArgs {
     oob_writes: bool,
     #[command(flatten)]
     how: DoArgs,
+    #[command(flatten)]
+    which: DiskArgs,
     /// The images to copy, one behind the other, and the target; '-' is standard input or output
     #[arg(value_name = "SRC_FILENAME... TGT_FILENAME", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
@@ -288,6 +290,7 @@ impl ConvertArgs {
             share: self.force_share,
             cache: self.source_cache.as_deref(),
             snapshot,
+            disk: self.which.disk.clone(),
         };
         let mut request = source.request(name, &self.how.native, ui)?;
         request.hold = true;

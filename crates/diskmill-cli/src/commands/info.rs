@@ -7,7 +7,7 @@ use diskmill::open::OpenError;
 use diskmill::ops::info::{ImageInfo, gather};
 use diskmill_core::{Error, SnapshotFacts, Value};
 
-use super::{LookArgs, Run};
+use super::{LookArgs, Run, package};
 use crate::clock;
 use crate::error::Failure;
 use crate::exit::Exit;
@@ -38,6 +38,10 @@ impl Run for InfoArgs {
             return Err(Failure::usage_help("Expecting one image file name"));
         };
         let request = self.look.request(ui, name, None)?;
+        if let Some(package) = package::look(ui, name, &request)? {
+            ui.print(package::describe(&package, json, ui))?;
+            return Ok(Exit::OK);
+        }
         let infos =
             gather(&request, self.backing_chain).map_err(|error| failed(name, request.spec.path(), error))?;
         let text = match (json, infos.as_slice()) {

@@ -27,6 +27,7 @@ mod info;
 mod man;
 mod map;
 mod measure;
+mod package;
 mod resize;
 mod snapshot;
 
@@ -209,6 +210,14 @@ impl NativeArgs {
     }
 }
 
+/// Which disk of an OVF package is meant.
+#[derive(Args, Clone, Debug)]
+pub struct DiskArgs {
+    /// The disk of an OVF package (.ova, .ovf) to take: its id, its file or its number from 1
+    #[arg(long, value_name = "DISK", help_heading = NATIVE)]
+    pub disk: Option<String>,
+}
+
 /// Options of the commands that look at one image.
 #[derive(Args, Clone, Debug)]
 pub struct LookArgs {
@@ -228,6 +237,8 @@ pub struct LookArgs {
     object: ObjectArgs,
     #[command(flatten)]
     native: NativeArgs,
+    #[command(flatten)]
+    which: DiskArgs,
 }
 
 impl LookArgs {
@@ -245,6 +256,7 @@ impl LookArgs {
             share: self.force_share,
             cache,
             snapshot: None,
+            disk: self.which.disk.clone(),
         };
         source.request(name, &self.native, ui)
     }
@@ -298,6 +310,8 @@ pub struct Source<'a> {
     pub cache: Option<&'a str>,
     /// `-l`.
     pub snapshot: Option<String>,
+    /// `--disk`.
+    pub disk: Option<String>,
 }
 
 impl Source<'_> {
@@ -312,6 +326,8 @@ impl Source<'_> {
         request.share = self.share;
         request.policy = native.policy(ui);
         request.snapshot = self.snapshot.clone();
+        request.packages = !ui.drop_in();
+        request.disk = self.disk.clone();
         Ok(request)
     }
 

@@ -103,12 +103,13 @@ pub enum EnvelopeError {
 }
 
 /// Which OVF it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Version {
     /// 0.9, before the standard.
     V0_9,
     /// 1.0 and 1.1.
+    #[default]
     V1,
     /// 2.0 and 2.1.
     V2,
@@ -254,7 +255,7 @@ impl System {
 }
 
 /// A descriptor, understood.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Envelope {
     /// Which OVF it is.
@@ -297,10 +298,7 @@ impl Envelope {
         let ovf = Ovf(namespace);
         let mut envelope = Self {
             version,
-            files: Vec::new(),
-            disks: Vec::new(),
-            networks: Vec::new(),
-            systems: Vec::new(),
+            ..Self::default()
         };
         for references in ovf.children(root, "References") {
             for file in ovf.children(references, "File") {

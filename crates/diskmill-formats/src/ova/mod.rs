@@ -29,5 +29,10 @@ pub use machine::{Controller, Firmware, Machine, Os, Profile};
 pub use manifest::{Algorithm, Hasher, Manifest, ManifestError};
 pub use name::{MemberName, NameError};
 
+/// Whether `head`, the start of a file, can be that of a descriptor: XML whose root element is an envelope.
+pub fn is_descriptor(head: &[u8]) -> bool {
+    crate::probe::root_element(head) == Some(b"Envelope")
+}
+
 #[cfg(test)]
 mod tests;

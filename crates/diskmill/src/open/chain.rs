@@ -237,11 +237,7 @@ impl<'a> Opener<'a> {
         image: Understood,
         data: &[(Role, Arc<File>)],
     ) -> Result<(Arc<dyn Layer>, Node)> {
-        let files: Files = self
-            .hosts(&image, data)
-            .into_iter()
-            .map(|(role, file)| (role, file as Arc<dyn Storage>))
-            .collect();
+        let files = self.readable(&image, data);
         let mut node = image.node(data);
         let path = image.file.path().to_owned();
         let layer = image
@@ -263,6 +259,17 @@ impl<'a> Opener<'a> {
             .map_err(|error| error.op("open").path(path))?;
         node.facts = layer.facts().clone();
         Ok((layer, node))
+    }
+
+    /// The files of an image for reading, the main one first: of a disk in a package, the part it is.
+    pub(crate) fn readable(&self, image: &Understood, data: &[(Role, Arc<File>)]) -> Files {
+        if let Some(part) = &image.part {
+            return vec![(Role::Main, Arc::clone(part))];
+        }
+        let files = self.hosts(image, data).into_iter();
+        files
+            .map(|(role, file)| (role, file as Arc<dyn Storage>))
+            .collect()
     }
 
     /// The files of an image, the main one first, with what the request puts around them.
@@ -336,7 +343,12 @@ impl<'a> Opener<'a> {
 impl Understood {
     fn node(&self, data: &[(Role, Arc<File>)]) -> Node {
         let name = |file: &File| Arc::from(file.path().to_string_lossy().as_ref());
-        let mut files = vec![name(&self.file)];
+        // Offsets in a disk of a package are not those of the package's file.
+        let main = match self.part {
+            Some(_) => Arc::from(self.shown.as_str()),
+            None => name(&self.file),
+        };
+        let mut files = vec![main];
         files.extend(data.iter().map(|(_, file)| name(file)));
         Node {
             filename: Arc::from(self.shown.as_str()),

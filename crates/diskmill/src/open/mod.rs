@@ -12,12 +12,13 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diskmill_core::{Chain, Error, Facts, Format, LayerMut, Limits, Result, StorageMut};
+use diskmill_core::{Access, Chain, Error, Facts, Format, LayerMut, Limits, Result, StorageMut};
 use diskmill_storage::{CacheMode, File, FileId};
 
 pub(crate) use chain::Opener;
 pub(crate) use understand::Understood;
 
+use crate::package::Package;
 use crate::policy::References;
 use crate::spec::ImageSpec;
 
@@ -48,6 +49,10 @@ pub struct OpenRequest {
     pub backing: bool,
     /// Pass discards on to the host.
     pub unmap: bool,
+    /// Look into OVF packages for the disk, instead of taking their bytes for one.
+    pub packages: bool,
+    /// Which disk of a package: its identifier, its file, or its number from 1.
+    pub disk: Option<String>,
     /// What is put around each file that is opened.
     pub around: Option<Arc<dyn Around>>,
 }
@@ -75,6 +80,8 @@ impl OpenRequest {
             machine_state: false,
             backing: true,
             unmap: false,
+            packages: false,
+            disk: None,
             around: None,
         }
     }
@@ -207,6 +214,18 @@ pub enum OpenError {
 /// Opens an image, and what it is backed by, for reading.
 pub fn image(request: &OpenRequest) -> Result<Image> {
     Opener::new(request).image()
+}
+
+/// Opens the OVF package that `request` names, whichever disk it speaks of. `None` if it is none, or if the request
+/// does not look into packages or says a format.
+pub fn package(request: &OpenRequest) -> Result<Option<Package>> {
+    if !request.packages || request.format.is_some() || request.spec.driver.is_some() {
+        return Ok(None);
+    }
+    let spec = &request.spec;
+    let file = understand::open_file(&spec.file, Access::Read, spec, request)
+        .map_err(|error| error.op("open").path(spec.path()))?;
+    Package::open(Arc::new(file))
 }
 
 /// Opens an image for changing in place, and what it is backed by for reading.

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use diskmill_core::{
     Access, Driver, Error, ErrorKind, Format, HostOffset, OpenSpec, Parsed, Result, Sample, Storage,
 };
+use diskmill_formats::ova::MemberName;
 use diskmill_formats::{ForeignKind, registry};
 use diskmill_storage::{CacheMode, File, FileOptions, LockPlan};
 
 use super::{OpenError, OpenRequest};
+use crate::package::{Package, PackageError};
 use crate::spec::{FileSpec, ImageSpec, driver_error};
 
 /// An image whose header has been understood.
@@ -18,6 +20,8 @@ pub(crate) struct Understood {
     pub(crate) shown: String,
     /// Its file.
     pub(crate) file: Arc<File>,
+    /// The part of the file that it is, where it is not all of it: a disk in a package.
+    pub(crate) part: Option<Arc<dyn Storage>>,
     /// Its format.
     pub(crate) driver: &'static dyn Driver,
     /// Whether the caller asked for the file itself (`driver=file`): there is no format then.
@@ -65,11 +69,24 @@ impl Understood {
         wanted.device |= named == Some("host_device");
         let file = Arc::new(open_file(&wanted, access, spec, request)?);
         let probed = driver.is_none();
+        let inner = match place {
+            Place::Top(access) if request.packages && probed => Inner::find(&file, request, access)?,
+            _ => None,
+        };
+        if let (None, Place::Top(_), Some(disk)) = (&inner, place, &request.disk) {
+            let error = PackageError::NotAPackage(disk.clone());
+            return Err(Error::new(ErrorKind::Usage, error)
+                .op("open")
+                .path(&spec.file.path));
+        }
         let mut looks_like = None;
         let driver = match driver {
             Some(driver) => driver,
             None => {
-                let found = probe(&file)?;
+                let found = match &inner {
+                    Some(inner) => probe(inner.storage.as_ref(), Some(inner.name.as_str()))?,
+                    None => probe(file.as_ref(), file.path().to_str())?,
+                };
                 if let Some(foreign) = found.foreign.filter(|foreign| foreign.kind == ForeignKind::Disk) {
                     let text = format!("it is {}, a format that is not supported yet", foreign.name);
                     return Err(Error::new(ErrorKind::Unsupported, text)
@@ -97,13 +114,26 @@ impl Understood {
             how.snapshot.clone_from(&request.snapshot);
             how.machine_state = request.machine_state;
         }
-        let parsed = driver.parse(file.clone(), &how).map_err(|error| {
+        let main: Arc<dyn Storage> = match &inner {
+            Some(inner) => Arc::clone(&inner.storage),
+            None => file.clone(),
+        };
+        let parsed = driver.parse(main, &how).map_err(|error| {
             not_in_format(error, driver.format())
                 .op("open")
                 .path(&spec.file.path)
         })?;
+        if let Some(inner) = &inner {
+            inner
+                .needs_nothing_else(parsed.as_ref())
+                .map_err(|error| error.op("open").path(&spec.file.path))?;
+        }
         Ok(Self {
-            shown: spec.shown.clone(),
+            shown: match &inner {
+                Some(inner) => format!("{}:{}", spec.shown, inner.name),
+                None => spec.shown.clone(),
+            },
+            part: inner.map(|inner| inner.storage),
             file,
             driver,
             bare,
@@ -112,6 +142,50 @@ impl Understood {
             probed,
             looks_like,
         })
+    }
+}
+
+/// A disk in a package.
+struct Inner {
+    disk: String,
+    name: MemberName,
+    storage: Arc<dyn Storage>,
+}
+
+impl Inner {
+    /// The disk of the package that `file` is, or `None` if it is none.
+    fn find(file: &Arc<File>, request: &OpenRequest, access: Access) -> Result<Option<Self>> {
+        let Some(package) = Package::open(Arc::clone(file))? else {
+            return Ok(None);
+        };
+        let find = || {
+            if access == Access::Write {
+                return Err(Error::new(ErrorKind::Unsupported, PackageError::ReadOnly));
+            }
+            let disk = package.choose(request.disk.as_deref())?;
+            let (storage, name) = package.storage(disk)?;
+            Ok(Some(Self {
+                disk: disk.id.clone(),
+                name,
+                storage,
+            }))
+        };
+        find().map_err(|error: Error| error.op("open").path(file.path()))
+    }
+
+    /// Refuses an image that names files: nothing in a package is a reason to open anything outside of it.
+    fn needs_nothing_else(&self, parsed: &dyn Parsed) -> Result<()> {
+        let named = parsed.references().first().map(|reference| &reference.name);
+        match named.or(parsed.facts().backing.as_ref()) {
+            None => Ok(()),
+            Some(name) => {
+                let error = PackageError::Refers {
+                    disk: self.disk.clone(),
+                    name: name.name.clone(),
+                };
+                Err(Error::new(ErrorKind::Denied, error))
+            }
+        }
     }
 }
 
@@ -167,7 +241,7 @@ fn by_name(name: &str) -> Result<&'static dyn Driver> {
     registry::by_name(name).ok_or_else(|| driver_error(name).into())
 }
 
-fn probe(file: &File) -> Result<diskmill_formats::Probed> {
+fn probe(file: &dyn Storage, name: Option<&str>) -> Result<diskmill_formats::Probed> {
     let len = file.len()?;
     let mut head = vec![0; Sample::HEAD.min(usize::try_from(len).unwrap_or(usize::MAX))];
     file.read_at(HostOffset::ZERO, &mut head)?;
@@ -179,7 +253,7 @@ fn probe(file: &File) -> Result<diskmill_formats::Probed> {
         head: &head,
         tail,
         len,
-        name: file.path().to_str(),
+        name,
     }))
 }
 

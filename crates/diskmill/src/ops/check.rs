@@ -1,8 +1,6 @@
 //! Whether an image is consistent.
 
-use std::sync::Arc;
-
-use diskmill_core::{Access, CheckReport, Error, ErrorKind, Files, Format, Job, Result, Role, Storage};
+use diskmill_core::{Access, CheckReport, Error, ErrorKind, Format, Job, Result};
 
 use crate::open::{OpenRequest, Opener};
 
@@ -28,10 +26,8 @@ pub fn run(request: &OpenRequest, job: Job<'_>) -> Result<Checked> {
     let image = opener.understand_top(Access::Read, true)?;
     let format = image.driver.format();
     let path = image.file.path().to_owned();
-    let mut files: Files = vec![(Role::Main, image.file.clone())];
-    for (role, file) in opener.data_files(&image, Access::Read)? {
-        files.push((role, Arc::clone(&file) as Arc<dyn Storage>));
-    }
+    let data = opener.data_files(&image, Access::Read)?;
+    let files = opener.readable(&image, &data);
     opener.demand_backing(&image)?;
     if format == Format::Raw {
         return Err(Error::new(ErrorKind::Unsupported, CheckUnsupported(format)).path(path));
