@@ -98,19 +98,32 @@ pub fn print_options(ui: &Ui, driver: &dyn Driver, target: OptionTarget) -> Resu
         _ => String::from("Supported options:\n"),
     };
     for (name, kind, help) in lines {
-        let kind = match kind {
-            OptionKind::Bool => "bool (on/off)",
-            OptionKind::Size => "size",
-            OptionKind::Number => "num",
-            _ => "str",
-        };
-        // A String takes whatever is written to it.
-        let _ = writeln!(out, "  {:<22} - {help}", format!("{name}=<{kind}>"));
+        option_line(&mut out, name, kind, help);
     }
     if target == OptionTarget::Unnamed {
         out.push_str("\nThe file may know more options: they are listed if its name is given too.\n");
     }
     ui.print(out)
+}
+
+/// Prints what `amend -o` can change in images of a format.
+pub fn print_amend_options(ui: &Ui, driver: &dyn Driver) -> Result<(), Failure> {
+    let mut out = format!("Amend options for '{}':\n", driver.format());
+    for spec in driver.amend_options() {
+        option_line(&mut out, spec.name, spec.kind, spec.help);
+    }
+    ui.print(out)
+}
+
+fn option_line(out: &mut String, name: &str, kind: OptionKind, help: &str) {
+    let kind = match kind {
+        OptionKind::Bool => "bool (on/off)",
+        OptionKind::Size => "size",
+        OptionKind::Number => "num",
+        _ => "str",
+    };
+    // A String takes whatever is written to it.
+    let _ = writeln!(out, "  {:<22} - {help}", format!("{name}=<{kind}>"));
 }
 
 /// Checks `--object` arguments. Secrets are taken, since callers pass them beside images that need none.

@@ -17,6 +17,7 @@ use crate::exit::Exit;
 use crate::keyval::{self, OptionTarget};
 use crate::ui::{Mode, Ui};
 
+mod amend;
 mod check;
 mod compare;
 mod completions;
@@ -85,7 +86,7 @@ impl Spec {
 }
 
 /// All commands, in the order of the help.
-pub static COMMANDS: [Spec; 12] = [
+pub static COMMANDS: [Spec; 13] = [
     Spec::of::<create::CreateArgs>(true),
     Spec::of::<info::InfoArgs>(true),
     Spec::of::<convert::ConvertArgs>(true),
@@ -95,14 +96,14 @@ pub static COMMANDS: [Spec; 12] = [
     Spec::of::<compare::CompareArgs>(true),
     Spec::of::<resize::ResizeArgs>(true),
     Spec::of::<snapshot::SnapshotArgs>(true),
+    Spec::of::<amend::AmendArgs>(true),
     Spec::of::<demo::DemoArgs>(false),
     Spec::of::<completions::CompletionsArgs>(false),
     Spec::of::<man::ManArgs>(false),
 ];
 
 /// Commands of `qemu-img` that are known by name only.
-pub const LATER: [(&str, &str); 6] = [
-    ("amend", "Change options of an existing image (not supported yet)"),
+pub const LATER: [(&str, &str); 5] = [
     ("bench", "Measure the speed of an image (not supported yet)"),
     ("bitmap", "Change dirty bitmaps of an image (not supported yet)"),
     (

@@ -31,6 +31,17 @@ pub fn of(error: &Error) -> Option<String> {
     if let Some(qcow2) = error.find::<qcow2::options::CreateError>() {
         return Some(qcow2_text(qcow2));
     }
+    if let Some(qcow2::ResizeError::OldSnapshots) = error.find() {
+        return Some("Can't resize a v2 image which has snapshots".to_owned());
+    }
+    if let Some(amend) = error.find::<qcow2::amend::AmendError>() {
+        return Some(amend_text(amend));
+    }
+    if let Some(qcow2::amend::TooNarrow { at, count, bits, .. }) = error.find() {
+        return Some(format!(
+            "Cannot decrease refcount entry width to {bits} bits: Cluster at offset {at:#x} has a refcount of {count}"
+        ));
+    }
     if let Some(option) = error.find::<OptionError>() {
         return Some(option_text(option));
     }
@@ -96,6 +107,46 @@ fn qcow2_text(error: &qcow2::options::CreateError) -> String {
     }
 }
 
+fn amend_text(error: &qcow2::amend::AmendError) -> String {
+    use qcow2::amend::AmendError;
+    match error {
+        AmendError::CreationOnly(name) => {
+            format!("Invalid parameter '{name}'\nThis option is only supported for image creation")
+        }
+        AmendError::Compat(value) => format!("Unknown compatibility level {value}"),
+        AmendError::RefcountBits(_) => {
+            "Refcount width must be a power of two and may not exceed 64 bits".to_owned()
+        }
+        AmendError::RefcountBitsNeedVersion3 => {
+            "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)"
+                .to_owned()
+        }
+        AmendError::LazyNeedsVersion3 => {
+            "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)"
+                .to_owned()
+        }
+        AmendError::Size(_) => "The new size must be a multiple of 512".to_owned(),
+        AmendError::NoDataFile => {
+            "data-file can only be set for images that use an external data file".to_owned()
+        }
+        AmendError::DataFileRaw => "data-file-raw cannot be set on existing images".to_owned(),
+        AmendError::Backing => "Cannot amend the backing file\nYou can use 'qemu-img rebase' instead.".to_owned(),
+        AmendError::NotEncrypted => {
+            "Can't amend encryption options - encryption not present".to_owned()
+        }
+        AmendError::OldDataFile => "Cannot downgrade an image with a data file".to_owned(),
+        AmendError::OldRefcountBits => "compat=0.10 requires refcount_bits=16".to_owned(),
+        AmendError::OldSnapshots => "Internal snapshots prevent downgrade of image".to_owned(),
+        AmendError::OldFeatures(bits) => {
+            format!("Cannot downgrade an image with incompatible features {bits:#x} set")
+        }
+        AmendError::OldZstd => {
+            "Cannot downgrade an image with zstd compression type and existing compressed clusters".to_owned()
+        }
+        other => capital(&other.to_string()),
+    }
+}
+
 fn option_text(option: &OptionError) -> String {
     match option {
         OptionError::Unknown(name) => format!("Invalid parameter '{name}'"),
@@ -103,6 +154,9 @@ fn option_text(option: &OptionError) -> String {
             format!("Parameter '{name}' expects 'on' or 'off'")
         }
         OptionError::Value { name, expected, .. } if expected.contains("suffix") => bad_size(name),
+        OptionError::Value { name, expected, .. } if *expected == "a number" => {
+            format!("Parameter '{name}' expects a number")
+        }
         OptionError::Value { name, value, .. } | OptionError::Range { name, value, .. } => {
             // A mode there is, only not here: callers try another when they read this.
             if name == "preallocation" && Preallocation::parse(value).is_some() {

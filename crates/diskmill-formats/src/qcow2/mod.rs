@@ -10,6 +10,7 @@
 //!
 //! All integers are big-endian, and all structures but compressed data start on a cluster.
 
+pub mod amend;
 mod backing;
 pub mod bitmap;
 mod cache;
@@ -37,6 +38,7 @@ mod write;
 mod zero;
 
 pub use layer::{PlaceError, Qcow2Layer};
+pub use resize::ResizeError;
 
 use std::sync::Arc;
 
@@ -82,6 +84,10 @@ impl Driver for Qcow2 {
 
     fn options(&self) -> &'static [OptionSpec] {
         options::OPTIONS
+    }
+
+    fn amend_options(&self) -> &'static [OptionSpec] {
+        amend::OPTIONS
     }
 
     fn outputs(&self, spec: &CreateSpec) -> Result<Vec<OutputSpec>> {

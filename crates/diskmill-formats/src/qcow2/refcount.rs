@@ -12,6 +12,7 @@
 
 mod count;
 mod table;
+mod width;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -21,6 +22,7 @@ use diskmill_core::{Error, ErrorKind, HostOffset, Result};
 use super::fence::{Fence, Part};
 pub(crate) use count::get_count;
 use count::set_count;
+pub use width::TooNarrow;
 
 /// The largest refcount table QEMU opens, in bytes.
 pub(crate) const MAX_TABLE_BYTES: u64 = 8 << 20;
@@ -53,7 +55,9 @@ pub(crate) enum RefcountError {
         len: u64,
     },
     /// A count that its width cannot hold.
-    #[error("the refcount of cluster {cluster:#x} is {max}, which is all that {bits} bits can hold")]
+    #[error(
+        "the refcount of cluster {cluster:#x} would be above {max}, which is all that {bits} bits can hold"
+    )]
     Overflow { cluster: u64, max: u64, bits: u32 },
     /// A fixed-length file is full.
     #[error("no free cluster below the end of the file, which is cluster {end:#x}")]
@@ -245,19 +249,24 @@ impl Refcounts {
 
     /// Adds one to the count of a cluster, which must have a count already.
     pub(crate) fn raise(&mut self, fence: &mut Fence, cluster: u64) -> Result<()> {
+        self.raise_by(fence, cluster, 1)
+    }
+
+    /// Adds `more` to the count of a cluster, which must have a count already.
+    pub(crate) fn raise_by(&mut self, fence: &mut Fence, cluster: u64, more: u64) -> Result<()> {
         let count = self.get(fence, cluster)?;
-        if count >= self.max() {
+        if more > self.max().saturating_sub(count) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 RefcountError::Overflow {
                     cluster,
-                    max: count,
+                    max: self.max(),
                     bits: 1 << self.order,
                 },
             ));
         }
         self.ensure_blocks(fence, cluster..cluster.saturating_add(1))?;
-        self.set(fence, cluster, count + 1)
+        self.set(fence, cluster, count + more)
     }
 
     /// Takes one from the count of a cluster and returns what is left. The reference must be durably gone, or never
@@ -265,14 +274,20 @@ impl Refcounts {
     ///
     /// A count that is zero already stays so: the image was wrong before, and with the reference gone it is right.
     pub(crate) fn lower(&mut self, fence: &mut Fence, cluster: u64) -> Result<u64> {
+        self.lower_by(fence, cluster, 1)
+    }
+
+    /// Takes `less` from the count of a cluster, as [`lower`](Self::lower) takes one.
+    pub(crate) fn lower_by(&mut self, fence: &mut Fence, cluster: u64, less: u64) -> Result<u64> {
         let count = self.get(fence, cluster)?;
-        if count > 0 {
-            self.set(fence, cluster, count - 1)?;
+        let left = count.saturating_sub(less);
+        if left != count {
+            self.set(fence, cluster, left)?;
         }
-        if count <= 1 {
+        if left == 0 {
             self.hint = self.hint.min(cluster);
         }
-        Ok(count.saturating_sub(1))
+        Ok(left)
     }
 
     /// The first cluster from `from` on whose count is zero.

@@ -15,13 +15,23 @@ const HEADER_SIZE_AT: usize = 24;
 
 /// Why an image cannot have another size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum ResizeError {
+#[non_exhaustive]
+pub enum ResizeError {
+    /// A snapshot of version 2 does not say how large its disk is.
     #[error("resizing a version 2 image with snapshots is not supported")]
     OldSnapshots,
     #[error("resizing an image with dirty bitmaps is not supported")]
     Bitmaps,
+    /// More than the tables can describe.
     #[error("a disk of {size} bytes needs an l1 table of {entries} entries, must be at most {max}")]
-    TooLarge { size: u64, entries: u64, max: u64 },
+    TooLarge {
+        /// Bytes that were asked for.
+        size: u64,
+        /// L1 entries they need.
+        entries: u64,
+        /// L1 entries there may be.
+        max: u64,
+    },
 }
 
 fn refuse(error: ResizeError) -> Error {
@@ -35,7 +45,7 @@ impl Image {
         if size.checked_next_multiple_of(SECTOR) == Some(old) {
             return Ok(());
         }
-        if !self.snapshot_facts().is_empty() && self.geometry.version() == Version::V2 {
+        if !self.snapshot_facts().is_empty() && self.version() == Version::V2 {
             return Err(refuse(ResizeError::OldSnapshots));
         }
         if self.has_bitmaps {

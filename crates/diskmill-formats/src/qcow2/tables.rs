@@ -14,9 +14,12 @@
 //! allocating write costs no barrier: barriers are taken when tables are written, on a flush or when a cache is full of
 //! changes.
 
+mod expand;
 mod order;
 mod packed;
 mod rewrite;
+
+pub(crate) use expand::L2Tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -25,7 +28,7 @@ use std::sync::Arc;
 use diskmill_core::{Error, ErrorKind, GuestOffset, HostOffset, Result, StorageMut};
 
 use super::fence::{Fence, Part};
-use super::header::Header;
+use super::header::{Header, Version};
 use super::map::{Geometry, L1Entry};
 use super::refcount::Refcounts;
 use super::slot::{Place, Slot};
@@ -66,6 +69,8 @@ pub(crate) enum Reclaim {
 struct Dropped {
     first: u64,
     count: u64,
+    /// References to each of them.
+    times: u64,
     reclaim: Reclaim,
 }
 
@@ -160,6 +165,17 @@ impl Tables {
             unmap,
             packed_at: None,
         })
+    }
+
+    /// Notes that the image has another version now.
+    pub(crate) fn set_version(&mut self, version: Version) {
+        let known = self.geometry;
+        self.geometry = Geometry::new(
+            version,
+            known.cluster_bits(),
+            known.extended_l2(),
+            known.data_file(),
+        );
     }
 
     /// Entries of the L1 table.
@@ -421,16 +437,22 @@ impl Tables {
 
     /// Notes that the reference to each of `count` clusters is gone from the tables in memory.
     pub(crate) fn drop_clusters(&mut self, first: u64, count: u64, reclaim: Reclaim) {
+        self.drop_clusters_of(first, count, 1, reclaim);
+    }
+
+    /// Notes that `times` references to each of `count` clusters are gone from the tables in memory.
+    fn drop_clusters_of(&mut self, first: u64, count: u64, times: u64, reclaim: Reclaim) {
         self.dropped_clusters = self.dropped_clusters.saturating_add(count);
         if let Some(last) = self.dropped.last_mut()
             && last.first.checked_add(last.count) == Some(first)
-            && last.reclaim == reclaim
+            && (last.reclaim, last.times) == (reclaim, times)
         {
             last.count = last.count.saturating_add(count);
         } else {
             self.dropped.push(Dropped {
                 first,
                 count,
+                times,
                 reclaim,
             });
         }

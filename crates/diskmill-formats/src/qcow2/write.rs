@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
     BackingName, Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format,
-    GuestOffset, HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Reserve, Result, SnapshotFacts,
-    Snapshots, State as RunState, Storage, StorageMut, Stored, ZeroHow,
+    GuestOffset, HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Options, Reserve, Result,
+    SnapshotFacts, Snapshots, State as RunState, Storage, StorageMut, Stored, ZeroHow,
 };
 
 use super::bitmap;
@@ -71,6 +71,8 @@ pub(crate) struct Image {
     pub(super) facts: Facts,
     pub(super) geometry: Geometry,
     pub(super) decoders: Decoders,
+    /// Whether the version is 3: it can be changed, the rest of `geometry` cannot.
+    pub(super) is_v3: AtomicBool,
     /// Whether there is a backing image, as the header says.
     pub(super) backed: AtomicBool,
     /// Whether the external data file is a raw image on its own.
@@ -154,6 +156,7 @@ impl Image {
             facts,
             geometry,
             decoders: Decoders::new(header.compression_type, geometry),
+            is_v3: AtomicBool::new(geometry.version() == Version::V3),
             backed: AtomicBool::new(header.backing_name.is_some()),
             raw_data_file: geometry.data_file() && header.autoclear.has(Autoclear::RAW_DATA_FILE),
             has_bitmaps,
@@ -208,6 +211,14 @@ impl Image {
         self.notice(&mut state, result)
     }
 
+    /// The version, as it is now.
+    pub(super) fn version(&self) -> Version {
+        match self.is_v3.load(Ordering::Acquire) {
+            true => Version::V3,
+            false => Version::V2,
+        }
+    }
+
     /// Whether there is a backing image, as the header says.
     pub(super) fn is_backed(&self) -> bool {
         self.backed.load(Ordering::Acquire)
@@ -241,7 +252,7 @@ impl Image {
             return;
         }
         state.incompatible = state.incompatible.with(Incompatible::CORRUPT, true);
-        if self.geometry.version() == Version::V3 {
+        if self.version() == Version::V3 {
             let bits = state.incompatible.bits().to_be_bytes();
             // The caller gets the contradiction as its error; that the mark could not be set adds nothing.
             let _ = state.tables.write_header(HEADER_INCOMPATIBLE_AT, &bits);
@@ -547,6 +558,10 @@ impl LayerMut for Image {
 
     fn set_backing(&self, backing: Option<&BackingName>) -> Result<()> {
         self.change_backing(backing)
+    }
+
+    fn amend(&self, options: &Options, below: &Chain, job: Job<'_>) -> Result<()> {
+        self.amend_all(options, below, job)
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

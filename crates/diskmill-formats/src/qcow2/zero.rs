@@ -144,7 +144,7 @@ impl Image {
         if old.place == Place::Nowhere && (bare || old.zero & part == part) {
             return Ok(Done::Yes);
         }
-        if geometry.version() == Version::V2 {
+        if self.version() == Version::V2 {
             if !bare {
                 return Ok(Done::NeedsData);
             }
@@ -173,7 +173,7 @@ impl Image {
 
     /// Gives back the whole clusters of `range`, which are held. They read as zeros afterwards.
     pub(super) fn discard_held(&self, range: Range<u64>) -> Result<()> {
-        if self.geometry.version() == Version::V2 && self.is_backed() {
+        if self.version() == Version::V2 && self.is_backed() {
             // There is no way to say zero: the layer below would show through.
             return Ok(());
         }
@@ -212,7 +212,7 @@ impl Image {
                 };
                 let new = match old.place {
                     Place::Nowhere if !self.is_backed() => old,
-                    _ if self.geometry.version() == Version::V2 => Slot::ABSENT,
+                    _ if self.version() == Version::V2 => Slot::ABSENT,
                     _ => zero,
                 };
                 if new != old {

@@ -1,5 +1,6 @@
 //! What can be done with images. Each operation is one function over plain values.
 
+pub mod amend;
 pub mod check;
 pub mod compare;
 pub mod convert;

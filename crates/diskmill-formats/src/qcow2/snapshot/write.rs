@@ -71,6 +71,15 @@ impl SnapshotTable {
         Self { entries, at, bytes }
     }
 
+    /// Makes sure that every entry has the extra data that version 3 wants.
+    pub(crate) fn complete(&mut self, tables: &mut Tables) -> Result<()> {
+        let complete = |snapshot: &Snapshot| snapshot.extra.len() >= 16;
+        match self.entries.iter().all(complete) {
+            true => Ok(()),
+            false => self.replace(tables, self.entries.clone()),
+        }
+    }
+
     /// Puts `entries` in the table's place. When this returns they are durable, and the old table's clusters free.
     fn replace(&mut self, tables: &mut Tables, mut entries: Vec<Snapshot>) -> Result<()> {
         let bits = tables.geometry.cluster_bits().get();

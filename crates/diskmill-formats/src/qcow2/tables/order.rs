@@ -100,13 +100,14 @@ impl Tables {
         for Dropped {
             first,
             count,
+            times,
             reclaim,
         } in dropped
         {
             let reclaim = reclaim == Reclaim::Always || reclaim == Reclaim::IfAsked && self.unmap;
             let mut free: Option<Range<u64>> = None;
             for cluster in first..first.saturating_add(count) {
-                if self.refcounts.lower(&mut self.fence, cluster)? > 0 {
+                if self.refcounts.lower_by(&mut self.fence, cluster, times)? > 0 {
                     continue;
                 }
                 self.unpack_from(cluster);

@@ -42,6 +42,9 @@ impl Tables {
         let mut old = vec![0; self.geometry.cluster_bits().cluster_len()];
         self.fence.file().read_padded(HostOffset::ZERO, &mut old)?;
         let mut header = Header::parse(&old)?;
+        // The end mark of the extensions, and often their last bytes, are zeros.
+        let in_use = usize::try_from(header.total_len()).unwrap_or(old.len());
+        let in_use = used(&old).max(in_use);
         edit(&mut header)?;
         let room = self.geometry.cluster_size();
         let len = header.total_len();
@@ -55,10 +58,10 @@ impl Tables {
             self.write_sectors(&old, &new, 0)?;
             return self.fence.sync();
         }
-        if !overlaps(&old, &new) {
+        if !overlaps(&old, &new, in_use) {
             return self.switch_header(&old, &new);
         }
-        match hop(&header, &old, &new, new_len) {
+        match hop(&header, &old, &new, in_use.max(new_len), new_len) {
             Some(hop) => {
                 self.switch_header(&old, &hop)?;
                 self.switch_header(&hop, &beside(&new, &hop, new_len))?;
@@ -126,16 +129,16 @@ fn changed(old: &[u8], new: &[u8], from: usize) -> Range<usize> {
     }
 }
 
-/// Whether putting `new` in place changes sectors, other than the first, that `old` uses.
-fn overlaps(old: &[u8], new: &[u8]) -> bool {
+/// Whether putting `new` in place changes sectors, other than the first, that `old` uses: it does up to `in_use`.
+fn overlaps(old: &[u8], new: &[u8], in_use: usize) -> bool {
     let beyond = changed(old, new, SECTOR);
-    !beyond.is_empty() && beyond.start < used(old)
+    !beyond.is_empty() && beyond.start < in_use
 }
 
-/// The header `new` with its extensions and its name behind all that is used, and up to there what `old` has behind its
+/// The header `new` with its extensions and its name behind `end`, and up to there what `old` has behind its
 /// first sector; `None` if they do not fit.
-fn hop(header: &Header, old: &[u8], new: &[u8], new_len: usize) -> Option<Vec<u8>> {
-    let at = used(old).max(new_len).next_multiple_of(SECTOR);
+fn hop(header: &Header, old: &[u8], new: &[u8], end: usize, new_len: usize) -> Option<Vec<u8>> {
+    let at = end.next_multiple_of(SECTOR);
     let name = usize::try_from(header.name_at()).ok()?;
     // Version 2 has no field that says where the extensions are: only the name can move.
     let moved = match header.version {

@@ -91,7 +91,7 @@ impl Tables {
 
     /// The slots of an L2 table, whoever it belongs to. Images with snapshots have no data file, so that no slot
     /// depends on where in the disk it is.
-    fn slots(&mut self, table_at: HostOffset) -> Result<Vec<Slot>> {
+    pub(super) fn slots(&mut self, table_at: HostOffset) -> Result<Vec<Slot>> {
         let geometry = self.geometry;
         let step = geometry.entry_len() / 8;
         let table = self.table(table_at)?;
@@ -199,7 +199,7 @@ impl Tables {
     }
 
     /// Changes an entry of an L2 table where it is, shared or not: the entry must mean the same as before.
-    fn rewrite(&mut self, table_at: HostOffset, number: usize, slot: Slot) -> Result<()> {
+    pub(super) fn rewrite(&mut self, table_at: HostOffset, number: usize, slot: Slot) -> Result<()> {
         let step = self.geometry.entry_len() / 8;
         let (word, _) = slot.encode(self.geometry);
         let at = number * step;
