@@ -4,7 +4,7 @@ use diskmill_testkit::Scratch;
 
 use crate::{diskmill, ours};
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 13] = [
     "create",
     "info",
     "convert",
@@ -13,6 +13,7 @@ const COMMANDS: [&str; 12] = [
     "measure",
     "compare",
     "resize",
+    "amend",
     "snapshot",
     "demo",
     "completions",
@@ -36,7 +37,7 @@ fn help_of_diskmill() {
 fn help_under_the_name_qemu_img() {
     let scratch = Scratch::new();
     insta::assert_snapshot!("qemu-img", ours(scratch.path()).arg("--help").ok().out());
-    for command in &COMMANDS[..8] {
+    for command in &COMMANDS[..9] {
         let help = ours(scratch.path()).args([command, "--help"]).ok();
         insta::assert_snapshot!(format!("qemu-img-{command}"), help.out());
     }
@@ -46,7 +47,7 @@ fn help_under_the_name_qemu_img() {
 #[test]
 fn qemu_img_help_names_all_options_of_the_real_one() {
     let scratch = Scratch::new();
-    for command in &COMMANDS[..8] {
+    for command in &COMMANDS[..9] {
         let names = |text: String| -> Vec<String> {
             text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
                 .filter(|word| word.starts_with("--") && word.len() > 2)
@@ -55,8 +56,10 @@ fn qemu_img_help_names_all_options_of_the_real_one() {
         };
         let our = names(ours(scratch.path()).args([command, "--help"]).ok().out());
         let their = names(crate::theirs(scratch.path()).args([command, "--help"]).ok().out());
-        // Its description of --target-image-opts calls --target-format by a name it does not have.
-        for name in their.iter().filter(|name| *name != "--output-format") {
+        // Its description of --target-image-opts calls --target-format by a name it does not have, and one of --progress
+        // lacks a letter.
+        let slips = ["--output-format", "--progres"];
+        for name in their.iter().filter(|name| !slips.contains(&name.as_str())) {
             assert!(our.contains(name), "{command} --help does not name {name}");
         }
     }

@@ -20,6 +20,7 @@ pub enum ResizeError {
     /// A snapshot of version 2 does not say how large its disk is.
     #[error("resizing a version 2 image with snapshots is not supported")]
     OldSnapshots,
+    /// The bitmaps would have to grow with the disk.
     #[error("resizing an image with dirty bitmaps is not supported")]
     Bitmaps,
     /// More than the tables can describe.
