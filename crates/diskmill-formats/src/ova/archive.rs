@@ -36,6 +36,20 @@ pub struct Member {
     pub start: HostOffset,
     /// How many bytes it has.
     pub len: u64,
+    /// What about its header not all readers of packages know, if anything.
+    pub unusual: Option<Unusual>,
+}
+
+/// What not all readers of packages know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Unusual {
+    /// A header from before POSIX.
+    Old,
+    /// A name or size in a record before the header.
+    Record,
+    /// A name with a prefix.
+    Prefix,
 }
 
 /// What is wrong with an archive.
@@ -153,9 +167,13 @@ impl Archive {
                 }
                 Kind::Directory => pending.next_member(),
                 Kind::File => {
+                    let unusual = match header.unusual {
+                        _ if pending.is_any() => Some(Unusual::Record),
+                        unusual => unusual,
+                    };
                     pending.next_member();
                     archive
-                        .add(&header.name, start, header.len)
+                        .add(&header.name, start, header.len, unusual)
                         .map_err(|error| error.at(at))?;
                 }
                 Kind::Other(what) => {
@@ -171,7 +189,13 @@ impl Archive {
         Ok(archive)
     }
 
-    fn add(&mut self, name: &str, start: u64, len: u64) -> Result<(), ArchiveError> {
+    fn add(
+        &mut self,
+        name: &str,
+        start: u64,
+        len: u64,
+        unusual: Option<Unusual>,
+    ) -> Result<(), ArchiveError> {
         let name = MemberName::new(name).map_err(ArchiveError::Name)?;
         if self.find(name.as_str()).is_some() {
             return Err(ArchiveError::Twice(name.as_str().to_owned()));
@@ -183,6 +207,7 @@ impl Archive {
             name,
             start: HostOffset::new(start),
             len,
+            unusual,
         });
         Ok(())
     }
@@ -209,6 +234,7 @@ struct Header {
     name: String,
     len: u64,
     kind: Kind,
+    unusual: Option<Unusual>,
 }
 
 impl Header {
@@ -246,7 +272,18 @@ impl Header {
             Kind::Directory => 0,
             _ => len,
         };
-        Ok(Self { name, len, kind })
+        let magic = field(block, 257, 5) == b"ustar";
+        let unusual = match magic {
+            false => Some(Unusual::Old),
+            true if field(block, 345, 1) != b"\0" && is_posix(block) => Some(Unusual::Prefix),
+            true => None,
+        };
+        Ok(Self {
+            name,
+            len,
+            kind,
+            unusual,
+        })
     }
 }
 
@@ -307,16 +344,23 @@ impl Pending {
         Ok(())
     }
 
+    fn is_any(&self) -> bool {
+        self.name.is_some() || self.size.is_some()
+    }
+
     fn next_member(&mut self) {
         *self = Self::default();
     }
 }
 
+fn is_posix(block: &Block) -> bool {
+    field(block, 257, 6) == b"ustar\0"
+}
+
 fn own_name(block: &Block) -> Result<String, ArchiveError> {
     let name = text(field(block, 0, 100))?;
     // Only POSIX headers have a prefix; GNU's put times there.
-    let posix = field(block, 257, 6) == b"ustar\0";
-    let prefix = if posix {
+    let prefix = if is_posix(block) {
         text(field(block, 345, 155))?
     } else {
         String::new()

@@ -39,7 +39,8 @@ impl PackedDisk {
 const ENVELOPE: &str = "http://schemas.dmtf.org/ovf/envelope/1";
 const CIM: &str = "http://schemas.dmtf.org/wbem/wscim/1/cim-schema/2";
 /// What ESXi compares with, to the letter.
-const STREAM_OPTIMIZED: &str = "http://www.vmware.com/interfaces/specifications/vmdk.html#streamOptimized";
+pub(super) const STREAM_OPTIMIZED: &str =
+    "http://www.vmware.com/interfaces/specifications/vmdk.html#streamOptimized";
 
 /// The text of the descriptor.
 pub fn descriptor(machine: &Machine, profile: Profile, disks: &[PackedDisk]) -> Result<String> {

@@ -16,15 +16,17 @@
 pub mod archive;
 pub mod compose;
 pub mod envelope;
+pub mod lint;
 pub mod machine;
 pub mod manifest;
 pub mod name;
 pub mod pack;
 pub mod units;
 
-pub use archive::{Archive, ArchiveError, Member};
+pub use archive::{Archive, ArchiveError, Member, Unusual};
 pub use compose::{PackedDisk, descriptor};
 pub use envelope::{Compression, DiskEntry, Envelope, EnvelopeError, FileEntry, Item, System, Version};
+pub use lint::{Lint, Rule, Severity};
 pub use machine::{Controller, Firmware, Machine, Os, Profile};
 pub use manifest::{Algorithm, Hasher, Manifest, ManifestError};
 pub use name::{MemberName, NameError};

@@ -16,6 +16,7 @@ use diskmill_formats::ova::{
 };
 use diskmill_storage::{Concat, File};
 
+pub(crate) use verify::digest;
 pub use verify::{FileState, Verified, VerifiedFile};
 
 /// What is wrong with a package. The source of an [`Error`] that names its file.

@@ -1,7 +1,8 @@
 //! Whether the files of a package are those its manifest was made for.
 
 use diskmill_core::{HostOffset, Job, Result, Storage};
-use diskmill_formats::ova::{Algorithm, Hasher, MemberName};
+use diskmill_formats::ova::lint::{self, DiskBytes, Lint, Subject};
+use diskmill_formats::ova::{Algorithm, Hasher, MemberName, envelope, manifest};
 
 use super::member::Part;
 use super::{Package, PackageError};
@@ -174,4 +175,36 @@ pub(crate) fn digest(storage: &dyn Storage, algorithm: Algorithm, job: Job<'_>) 
         job.observer.advance(have as u64);
     }
     Ok(hasher.finish())
+}
+
+impl Package {
+    /// What importers are known not to like about the package.
+    pub fn lint(&self) -> Result<Vec<Lint>> {
+        let text = self.small(&self.name, envelope::MAX_LEN)?.unwrap_or_default();
+        let manifest_text = match self.sibling("mf") {
+            Some(name) => self.small(&name, manifest::MAX_LEN)?,
+            None => None,
+        };
+        let manifest = self.manifest.as_ref().zip(manifest_text.as_deref());
+        let mut lints = lint::package(&Subject {
+            archive: self.archive(),
+            name: &self.name,
+            envelope: &self.envelope,
+            text: &text,
+            manifest,
+        });
+        for disk in self.envelope.disks.iter().filter(|disk| disk.file.is_some()) {
+            let (storage, _) = self.storage(disk)?;
+            let (mut head, mut tail) = ([0; 512], [0; 1024]);
+            storage.read_padded(HostOffset::ZERO, &mut head)?;
+            let end = storage.len()?.saturating_sub(tail.len() as u64);
+            storage.read_padded(HostOffset::new(end), &mut tail)?;
+            let bytes = DiskBytes {
+                head: &head,
+                tail: &tail,
+            };
+            lints.extend(lint::disk(disk, bytes));
+        }
+        Ok(lints)
+    }
 }

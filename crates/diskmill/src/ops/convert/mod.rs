@@ -8,6 +8,7 @@ mod existing;
 mod input;
 mod lane;
 mod new;
+mod package;
 mod plan;
 mod salvage;
 mod sink;
@@ -23,6 +24,7 @@ use std::thread;
 use diskmill_core::{Error, ErrorKind, Job, Result};
 pub use diskmill_storage::InPlace;
 
+pub use package::{PackagePlan, Packed, run_package};
 pub use plan::{ExistingImage, Input, NewImage, Output, Plan};
 
 use input::Opened;

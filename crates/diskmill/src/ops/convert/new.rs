@@ -172,39 +172,61 @@ impl Start {
     }
 
     pub(super) fn run<'a>(self, plan: &Plan, reading: Reading<'a>, job: Job<'a>) -> Result<Summary> {
-        let Reading {
-            source,
-            below,
-            feed,
-            cut,
-        } = reading;
-        let workers = workers(plan);
-        let streamed = matches!(feed, Feed::Stream(_));
-        if !streamed {
-            job.observer.total(source.size());
+        if !matches!(reading.feed, Feed::Stream(_)) {
+            job.observer.total(reading.source.size());
         }
-        let packs = self.builder.packs();
-        let sink = Sink::New(Ordered::new(self.builder, workers.get()));
-        let mut lane = Lane::new(Mutex::new(feed), source, sink, cut, job);
-        lane.below = below;
-        lane.pack = plan.compress.is_some() || packs;
-        lane.pace = plan.rate.map(RateLimit::new);
-        let started = lane.run(workers)?;
-        job.check()?;
-        let mut summary = summary(&lane, started);
-        let mut end = Finish::new(plan.durability);
-        if streamed {
-            end.final_size = Some(summary.virtual_size);
-        } else {
-            summary.virtual_size = source.size();
-        }
-        if let Some(builder) = lane.into_builder() {
-            builder.finish(end)?;
-        }
+        let mut summary = fill(plan, self.builder, reading, job)?;
         summary.in_place = self.target.in_place();
         self.target.commit(plan.durability)?;
         Ok(summary)
     }
+}
+
+/// Fills `builder` with all of `source`; the files it writes to stay the caller's to name.
+pub(crate) fn fill_from(
+    plan: &Plan,
+    builder: Box<dyn Builder>,
+    source: &Source,
+    job: Job<'_>,
+) -> Result<Summary> {
+    let cut = cut_for(plan, &*builder);
+    let reading = Reading {
+        source,
+        below: None,
+        feed: Feed::Scan(Scanner::new(source, cut)),
+        cut,
+    };
+    fill(plan, builder, reading, job)
+}
+
+fn fill<'a>(plan: &Plan, builder: Box<dyn Builder>, reading: Reading<'a>, job: Job<'a>) -> Result<Summary> {
+    let Reading {
+        source,
+        below,
+        feed,
+        cut,
+    } = reading;
+    let workers = workers(plan);
+    let streamed = matches!(feed, Feed::Stream(_));
+    let packs = builder.packs();
+    let sink = Sink::New(Ordered::new(builder, workers.get()));
+    let mut lane = Lane::new(Mutex::new(feed), source, sink, cut, job);
+    lane.below = below;
+    lane.pack = plan.compress.is_some() || packs;
+    lane.pace = plan.rate.map(RateLimit::new);
+    let started = lane.run(workers)?;
+    job.check()?;
+    let mut summary = summary(&lane, started);
+    let mut end = Finish::new(plan.durability);
+    if streamed {
+        end.final_size = Some(summary.virtual_size);
+    } else {
+        summary.virtual_size = source.size();
+    }
+    if let Some(builder) = lane.into_builder() {
+        builder.finish(end)?;
+    }
+    Ok(summary)
 }
 
 /// The files of the new image, whose `spec` gets what the plan says of compression.
