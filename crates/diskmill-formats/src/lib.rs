@@ -28,5 +28,6 @@ pub mod raw;
 pub mod registry;
 pub mod vdi;
 pub mod vmdk;
+mod sparse;
 
 pub use probe::{Foreign, ForeignKind, Probed, probe, recognise};

@@ -15,6 +15,7 @@ mod backing;
 pub mod bitmap;
 mod cache;
 mod check;
+mod compact;
 mod cow;
 pub mod create;
 pub mod extension;
@@ -43,9 +44,9 @@ pub use resize::ResizeError;
 use std::sync::Arc;
 
 use diskmill_core::{
-    BackingName, Builder, CheckReport, CreateSpec, DataRuns, Driver, Error, ErrorKind, Facts, Files,
-    FilesMut, Format, HostOffset, Job, Layer, LayerMut, Match, Measure, OpenSpec, OptionError, OptionSpec,
-    OutputSpec, Parsed, Reference, Repair, Result, Role, Sample, Storage, Value,
+    BackingName, Builder, CheckReport, CompactReport, CompactSpec, CreateSpec, DataRuns, Driver, Error,
+    ErrorKind, Facts, Files, FilesMut, Format, HostOffset, Job, Layer, LayerMut, Match, Measure, OpenSpec,
+    OptionError, OptionSpec, OutputSpec, Parsed, Reference, Repair, Result, Role, Sample, Storage, Value,
 };
 use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
@@ -218,6 +219,26 @@ impl Parsed for Qcow2Image {
         _job: Job<'_>,
     ) -> Result<CheckReport> {
         Err(unsupported("repairing qcow2 images"))
+    }
+
+    fn compact(
+        self: Box<Self>,
+        files: FilesMut,
+        how: &OpenSpec,
+        spec: &CompactSpec,
+        job: Job<'_>,
+    ) -> Result<CompactReport> {
+        compact::run(&self, files, how, spec, job)
+    }
+
+    fn plan_compact(
+        self: Box<Self>,
+        files: Files,
+        how: &OpenSpec,
+        spec: &CompactSpec,
+        job: Job<'_>,
+    ) -> Result<CompactReport> {
+        compact::plan(&self, files, how, spec, job)
     }
 }
 

@@ -11,6 +11,7 @@
 //! blocks are written by [`write_table`](Refcounts::write_table) only, after the blocks are durable.
 
 mod count;
+mod place;
 mod table;
 mod width;
 

@@ -9,7 +9,7 @@ use super::{BLOCKS_PAST_END, MAX_TABLE_BYTES, OFFSET_END, RefcountError, Refcoun
 use crate::qcow2::fence::{Fence, Part};
 
 /// Where the header keeps the refcount table's offset (8 bytes) and, behind it, its clusters (4 bytes).
-const HEADER_TABLE_AT: usize = 48;
+pub(super) const HEADER_TABLE_AT: usize = 48;
 
 impl Refcounts {
     /// Moves the table to a place where it has room for entry `index` and half as much again.

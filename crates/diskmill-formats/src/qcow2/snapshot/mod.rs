@@ -243,6 +243,15 @@ impl Snapshot {
         }
     }
 
+    /// Bytes of its entry of the table, padded. Extra data must have an allowed length.
+    pub(super) fn len(&self) -> u64 {
+        let parts = [&self.extra, &self.id, &self.name].map(|part| part.len() as u64);
+        let len = parts.iter().fold(size_of::<RawSnapshot>() as u64, |sum, part| {
+            sum.saturating_add(*part)
+        });
+        len.next_multiple_of(8)
+    }
+
     /// Its entry of the table, padded.
     fn to_bytes(&self) -> Vec<u8> {
         let facts = &self.facts;
