@@ -28,6 +28,7 @@ pub mod raw;
 pub mod registry;
 pub mod vdi;
 pub mod vmdk;
+mod sketch;
 mod sparse;
 
 pub use probe::{Foreign, ForeignKind, Probed, probe, recognise};

@@ -18,7 +18,11 @@ const PIECE: u64 = 1 << 20;
 pub fn punch_zeros(file: &dyn StorageMut, range: Range<u64>, dry: bool, job: Job<'_>) -> Result<u64> {
     let mut punched = 0_u64;
     let mut bytes = Vec::new();
-    each_data_run(file, range, |run| {
+    each_run(file, range, |run, is_data| {
+        if !is_data {
+            // Space may be reserved where the host sees a hole; how much, it does not tell.
+            return punch(file, Some(run), dry).map(|_| ());
+        }
         let mut at = run.start;
         while at < run.end {
             job.check()?;
@@ -53,9 +57,12 @@ pub fn punch_zeros(file: &dyn StorageMut, range: Range<u64>, dry: bool, job: Job
 /// Makes a hole of `range`, whatever it holds; with `dry`, only says how many bytes that would give back.
 pub fn punch_all(file: &dyn StorageMut, range: Range<u64>, dry: bool, job: Job<'_>) -> Result<u64> {
     let mut punched = 0_u64;
-    each_data_run(file, range, |run| {
+    each_run(file, range, |run, is_data| {
         job.check()?;
-        punched = punched.saturating_add(punch(file, Some(run), dry)?);
+        let given_back = punch(file, Some(run), dry)?;
+        if is_data {
+            punched = punched.saturating_add(given_back);
+        }
         Ok(())
     })?;
     Ok(punched)
@@ -84,11 +91,11 @@ fn punch(file: &dyn StorageMut, zeros: Option<Range<u64>>, dry: bool) -> Result<
     Ok(zeros.end - zeros.start)
 }
 
-/// Calls `each` with the runs of `range` that the host does not know to be holes.
-fn each_data_run(
+/// Calls `each` with the runs of `range`, and whether one may hold anything but zeros.
+fn each_run(
     file: &dyn Storage,
     range: Range<u64>,
-    mut each: impl FnMut(Range<u64>) -> Result<()>,
+    mut each: impl FnMut(Range<u64>, bool) -> Result<()>,
 ) -> Result<()> {
     let end = range.end.min(file.len()?);
     let mut at = range.start;
@@ -99,9 +106,7 @@ fn each_data_run(
             _ => (1, true),
         };
         let run_end = at.saturating_add(run.max(1)).min(end);
-        if is_data {
-            each(at..run_end)?;
-        }
+        each(at..run_end, is_data)?;
         at = run_end;
     }
     Ok(())

@@ -19,6 +19,7 @@ use crate::ui::{Mode, Ui};
 
 mod amend;
 mod check;
+mod compact;
 mod compare;
 mod completions;
 mod convert;
@@ -96,7 +97,11 @@ pub static COMMANDS: [Spec; 13] = [
     Spec::of::<compare::CompareArgs>(true),
     Spec::of::<resize::ResizeArgs>(true),
     Spec::of::<snapshot::SnapshotArgs>(true),
+<<<<<<< HEAD
     Spec::of::<amend::AmendArgs>(true),
+=======
+    Spec::of::<compact::CompactArgs>(false),
+>>>>>>> 3e3f1fe (Compact raw images, and name the command)
     Spec::of::<demo::DemoArgs>(false),
     Spec::of::<completions::CompletionsArgs>(false),
     Spec::of::<man::ManArgs>(false),

@@ -1,5 +1,6 @@
 //! raw: byte N of the disk is byte N of the file, or byte `offset` + N of it.
 
+mod compact;
 mod create;
 mod layer;
 mod write;
@@ -9,10 +10,12 @@ pub use layer::{RawError, RawLayer, View};
 use std::sync::Arc;
 
 use diskmill_core::{
-    Builder, CheckReport, CreateSpec, DataRuns, Driver, Error, ErrorKind, Facts, Files, FilesMut, Format,
-    Job, Layer, LayerMut, Match, Measure, OpenSpec, OptionSpec, OutputSpec, Parsed, Reference, Repair,
-    Result, Sample, Storage,
+    Builder, CheckReport, CompactReport, CompactSpec, CreateSpec, DataRuns, Driver, Error, ErrorKind, Facts,
+    Files, FilesMut, Format, Job, Layer, LayerMut, Match, Measure, OpenSpec, OptionSpec, OutputSpec, Parsed,
+    Reference, Repair, Result, Sample, Storage,
 };
+
+use crate::sketch::Sketch;
 
 /// The driver of raw.
 pub static DRIVER: Raw = Raw;
@@ -83,7 +86,7 @@ impl Parsed for RawImage {
         let mut files = files.into_iter();
         match files.next() {
             Some((_, main)) => Ok(Arc::new(RawLayer::new(self.view, self.facts, main))),
-            None => Err(Error::new(ErrorKind::Usage, "an image needs a file")),
+            None => Err(no_file()),
         }
     }
 
@@ -95,7 +98,7 @@ impl Parsed for RawImage {
             Some((_, main)) => Ok(Arc::new(write::RawLayerMut::new(
                 self.view, self.facts, main, how.unmap,
             ))),
-            None => Err(Error::new(ErrorKind::Usage, "an image needs a file")),
+            None => Err(no_file()),
         }
     }
 
@@ -112,4 +115,31 @@ impl Parsed for RawImage {
     ) -> Result<CheckReport> {
         Err(unsupported("a raw image has nothing to repair"))
     }
+
+    fn compact(
+        self: Box<Self>,
+        files: FilesMut,
+        _how: &OpenSpec,
+        spec: &CompactSpec,
+        job: Job<'_>,
+    ) -> Result<CompactReport> {
+        let (_, main) = files.into_iter().next().ok_or_else(no_file)?;
+        compact::run(self.view, main.as_ref(), spec, job, false)
+    }
+
+    fn plan_compact(
+        self: Box<Self>,
+        files: Files,
+        _how: &OpenSpec,
+        spec: &CompactSpec,
+        job: Job<'_>,
+    ) -> Result<CompactReport> {
+        let (_, main) = files.into_iter().next().ok_or_else(no_file)?;
+        let sketch = Sketch::new(main)?;
+        compact::run(self.view, &sketch, spec, job, true)
+    }
+}
+
+fn no_file() -> Error {
+    Error::new(ErrorKind::Usage, "an image needs a file")
 }

@@ -2,6 +2,7 @@
 
 pub mod amend;
 pub mod check;
+pub mod compact;
 pub mod compare;
 pub mod convert;
 pub mod create;

@@ -6,14 +6,14 @@
 //! 4. What lies behind the space all of it needs is moved to free places below ([`slide`]), and the file ends there.
 //!
 //! Only the refcounts and what refers to a cluster are looked at, a table at a time; nothing but clusters with several
-//! references is kept in memory. The order of writes is in [`work`]. A dry run does the same to a [`sketch`] of the file,
+//! references is kept in memory. The order of writes is in [`work`]. A dry run does the same to a [sketch](crate::sketch) of the file,
 //! so that it comes to the same result.
 
 mod bitmaps;
 mod data;
 mod pack;
 mod reclaim;
-mod sketch;
+
 mod slide;
 mod work;
 
@@ -27,7 +27,8 @@ use diskmill_core::{
 use super::Qcow2Image;
 use super::header::{CryptMethod, Incompatible};
 use super::layer::data_index;
-use sketch::Sketch;
+
+use crate::sketch::Sketch;
 use work::Work;
 
 /// Where the header keeps its incompatible features.

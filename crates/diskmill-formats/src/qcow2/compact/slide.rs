@@ -6,7 +6,7 @@ use diskmill_core::Result;
 
 use super::super::map::ClusterKind;
 use super::reclaim::moved;
-use super::work::Work;
+use super::work::{Copied, Work};
 
 /// Rounds after which it is good enough. Each moves something closer to the start, and few are ever needed.
 const ROUNDS: u32 = 32;
@@ -79,7 +79,7 @@ impl Work<'_> {
         let Some(new) = self.take_run(clusters, weight, limit)? else {
             return Ok(());
         };
-        self.copy(first, new, clusters)?;
+        self.copy(Copied::Tables, first, new, clusters)?;
         for field in named_at {
             self.switch(*field, new << bits);
         }
@@ -139,6 +139,7 @@ impl Work<'_> {
     /// Moves one cluster with `weight` references where it is found. `None` if it stays.
     fn move_single(
         &mut self,
+        what: Copied,
         cluster: u64,
         weight: u64,
         shared: &mut Shared,
@@ -152,7 +153,7 @@ impl Work<'_> {
             let Some(new) = self.take_run(1, count, limit)? else {
                 return Ok(None);
             };
-            self.copy(cluster, new, 1)?;
+            self.copy(what, cluster, new, 1)?;
             self.drop_with_batch(cluster, count);
             return Ok(Some(new));
         }
@@ -162,7 +163,7 @@ impl Work<'_> {
         let new = self.take_run(1, count, limit)?;
         shared.insert(cluster, new);
         if let Some(new) = new {
-            self.copy(cluster, new, 1)?;
+            self.copy(what, cluster, new, 1)?;
             self.drop_late(cluster, count);
         }
         Ok(new)
@@ -184,7 +185,9 @@ impl Work<'_> {
                 else {
                     continue;
                 };
-                if let Some(new) = self.move_single(host.get() >> bits, weight, &mut shared, limit)? {
+                if let Some(new) =
+                    self.move_single(Copied::Data, host.get() >> bits, weight, &mut shared, limit)?
+                {
                     self.switch(entry.at, moved(entry.word, new << bits));
                     self.commit_if_many()?;
                 }
@@ -198,7 +201,7 @@ impl Work<'_> {
         let mut shared = Shared::new();
         for table in self.bitmap_tables()? {
             self.each_bitmap_entry(&table, |work, at, host| {
-                if let Some(new) = work.move_single(host >> bits, 1, &mut shared, limit)? {
+                if let Some(new) = work.move_single(Copied::Data, host >> bits, 1, &mut shared, limit)? {
                     work.switch(at, new << bits);
                     work.commit_if_many()?;
                 }
@@ -214,7 +217,7 @@ impl Work<'_> {
         for l1 in self.l1_tables()? {
             self.each_l1_entry(&l1, |work, at, _, entry| {
                 let table = entry.offset().get() >> bits;
-                if let Some(new) = work.move_single(table, l1.weight(), &mut shared, limit)? {
+                if let Some(new) = work.move_single(Copied::Tables, table, l1.weight(), &mut shared, limit)? {
                     let word = super::super::map::L2Entry(entry.0);
                     work.switch(at, moved(word, new << bits));
                     work.commit_if_many()?;

@@ -51,6 +51,15 @@ pub(super) struct Work<'a> {
     pub(super) uneven: bool,
 }
 
+/// What is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Copied {
+    /// Tables.
+    Tables,
+    /// What is stored of the disk, or of a bitmap.
+    Data,
+}
+
 /// An L1 table.
 #[derive(Clone, Debug)]
 pub(super) struct L1Table {
@@ -159,13 +168,13 @@ impl<'a> Work<'a> {
         Ok(taken)
     }
 
-    /// Copies `len` clusters. What is zero becomes a hole.
-    pub(super) fn copy(&mut self, from: u64, to: u64, len: u64) -> Result<()> {
+    /// Copies `len` clusters. What is zero becomes a hole. In a sketch data is not copied: nobody will look at it again.
+    pub(super) fn copy(&mut self, what: Copied, from: u64, to: u64, len: u64) -> Result<()> {
         let bits = self.bits();
         for step in 0..len {
             let at = to.saturating_add(step) << bits;
             self.note_copied(self.cluster());
-            if self.dry {
+            if self.dry && what == Copied::Data {
                 self.reach(at.saturating_add(self.cluster()))?;
                 continue;
             }

@@ -12,7 +12,7 @@ const PAGE: u64 = 4096;
 /// A file, with changes that stay in memory: a page for each that was touched. Only tables are written to it, so that it
 /// grows with them and not with the data.
 #[derive(Debug)]
-pub(super) struct Sketch {
+pub(crate) struct Sketch {
     base: Arc<dyn Storage>,
     state: Mutex<State>,
 }
@@ -26,7 +26,7 @@ struct State {
 }
 
 impl Sketch {
-    pub(super) fn new(base: Arc<dyn Storage>) -> Result<Self> {
+    pub(crate) fn new(base: Arc<dyn Storage>) -> Result<Self> {
         let len = base.len()?;
         Ok(Self {
             base,
