@@ -26,9 +26,9 @@ pub mod probe;
 pub mod qcow2;
 pub mod raw;
 pub mod registry;
-pub mod vdi;
-pub mod vmdk;
 mod sketch;
 mod sparse;
+pub mod vdi;
+pub mod vmdk;
 
 pub use probe::{Foreign, ForeignKind, Probed, probe, recognise};

@@ -87,7 +87,7 @@ impl Spec {
 }
 
 /// All commands, in the order of the help.
-pub static COMMANDS: [Spec; 13] = [
+pub static COMMANDS: [Spec; 14] = [
     Spec::of::<create::CreateArgs>(true),
     Spec::of::<info::InfoArgs>(true),
     Spec::of::<convert::ConvertArgs>(true),
@@ -97,11 +97,8 @@ pub static COMMANDS: [Spec; 13] = [
     Spec::of::<compare::CompareArgs>(true),
     Spec::of::<resize::ResizeArgs>(true),
     Spec::of::<snapshot::SnapshotArgs>(true),
-<<<<<<< HEAD
     Spec::of::<amend::AmendArgs>(true),
-=======
     Spec::of::<compact::CompactArgs>(false),
->>>>>>> 3e3f1fe (Compact raw images, and name the command)
     Spec::of::<demo::DemoArgs>(false),
     Spec::of::<completions::CompletionsArgs>(false),
     Spec::of::<man::ManArgs>(false),

@@ -4,7 +4,7 @@ use diskmill_testkit::Scratch;
 
 use crate::{diskmill, ours};
 
-const COMMANDS: [&str; 13] = [
+const COMMANDS: [&str; 14] = [
     "create",
     "info",
     "convert",
@@ -15,6 +15,7 @@ const COMMANDS: [&str; 13] = [
     "resize",
     "amend",
     "snapshot",
+    "compact",
     "demo",
     "completions",
     "man",

@@ -56,7 +56,7 @@ impl Packer {
             work.note_fresh(first, weight);
             return Ok(true);
         }
-        if last < limit && work.refcounts.take(&mut work.fence, last, weight)? {
+        if last < limit && work.refcounts.take_one(&mut work.fence, last, weight)? {
             work.note_fresh(first, weight);
             work.note_fresh(last, weight);
             return Ok(true);

@@ -78,7 +78,7 @@ impl Refcounts {
     }
 
     /// Gives `cluster` `count`. `false` if it is not free, or nothing counts it yet.
-    pub(crate) fn take(&mut self, fence: &mut Fence, cluster: u64, count: u64) -> Result<bool> {
+    pub(crate) fn take_one(&mut self, fence: &mut Fence, cluster: u64, count: u64) -> Result<bool> {
         if matches!(self.entry(cluster / self.per_block()), None | Some(0))
             || self.get(fence, cluster)? != 0
             || count > self.max()
