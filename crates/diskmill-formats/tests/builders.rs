@@ -491,3 +491,90 @@ fn qcow2_on_a_device() {
         builder(&qcow2::DRIVER, &overlay(spec(SIZE, options)), &device);
     }
 }
+
+const SUBFORMATS: [&str; 5] = [
+    "monolithicSparse",
+    "monolithicFlat",
+    "twoGbMaxExtentSparse",
+    "twoGbMaxExtentFlat",
+    "streamOptimized",
+];
+
+#[test]
+fn vmdk_in_files() {
+    for subformat in SUBFORMATS {
+        for size in [512, 65_536, SIZE, 70 << 20] {
+            builder(&vmdk::DRIVER, &spec(size, &format!("subformat={subformat}")), &file);
+        }
+    }
+    for options in ["zeroed_grain=on", "zeroed_grain=on,subformat=twoGbMaxExtentSparse"] {
+        builder(&vmdk::DRIVER, &spec(SIZE, options), &file);
+    }
+    for options in ["preallocation=falloc", "preallocation=full"] {
+        let options = format!("{options},subformat=monolithicFlat");
+        builder(&vmdk::DRIVER, &spec(SIZE, &options), &file);
+    }
+}
+
+#[test]
+fn vmdk_overlays() {
+    for options in [
+        "",
+        "zeroed_grain=on",
+        "subformat=twoGbMaxExtentSparse",
+        "subformat=streamOptimized",
+    ] {
+        let mut spec = overlay(spec(SIZE, options));
+        spec.backing.as_mut().unwrap().name = "base.vmdk".to_owned();
+        builder(&vmdk::DRIVER, &spec, &file);
+    }
+}
+
+#[test]
+fn vmdk_on_a_device() {
+    for options in ["", "zeroed_grain=on"] {
+        builder(&vmdk::DRIVER, &spec(SIZE, options), &device);
+        builder(&vmdk::DRIVER, &overlay(spec(SIZE, options)), &device);
+    }
+    for options in ["subformat=streamOptimized", "subformat=monolithicFlat"] {
+        let spec = spec(SIZE, options);
+        let outputs = vmdk::DRIVER.outputs(&spec).unwrap();
+        let files = outputs.iter().map(|output| (output.role, device())).collect();
+        let made = vmdk::DRIVER
+            .build(&spec, files)
+            .and_then(|builder| builder.finish(Finish::new(Durability::None)));
+        assert_eq!(made.unwrap_err().kind(), ErrorKind::Unsupported, "{options}");
+    }
+}
+
+#[test]
+fn a_stream_into_a_pipe_has_the_bytes_of_one_in_a_file() {
+    let make = |file: Arc<dyn StorageMut>| {
+        let spec = spec(40 << 20, "subformat=streamOptimized");
+        let mut builder = vmdk::DRIVER
+            .build(&spec, vec![(Role::Main, Arc::clone(&file))])
+            .unwrap();
+        let files = builder.files().to_vec();
+        let data: Vec<u8> = (0..3_u32 << 16).map(|at| (at / 7) as u8).collect();
+        for at in [0, 33 << 20] {
+            let mut writes = Writes::new();
+            let start = GuestOffset::new(at);
+            builder.place(start, Stored::Plain(&data), &mut writes).unwrap();
+            let rest = at + data.len() as u64;
+            let end = if at == 0 { 33 << 20 } else { 40 << 20 };
+            builder
+                .place_run(GuestOffset::new(rest)..GuestOffset::new(end), Run::Zero, &mut writes)
+                .unwrap();
+            writes.perform(&files).unwrap();
+        }
+        builder.finish(Finish::new(Durability::Synced)).unwrap();
+    };
+    let pipe = Arc::new(Pipe::default());
+    make(pipe.clone());
+    let plain = file();
+    make(plain.clone());
+    let mut bytes = vec![0; plain.len().unwrap() as usize];
+    plain.read_at(HostOffset::ZERO, &mut bytes).unwrap();
+    assert!(*pipe.0.lock().unwrap() == bytes);
+    assert_eq!(bytes[bytes.len() - 512..], [0; 512], "the last sector ends the stream");
+}

@@ -307,11 +307,18 @@ impl ConvertArgs {
         format: &str,
         settings: &Settings,
     ) -> Result<Output, Failure> {
+        let streams = format == "vmdk" && settings.options.text("subformat") == Some("streamOptimized");
+        let stdout = OsString::from("/dev/stdout");
+        let target = match !ui.drop_in() && streams && target == "-" {
+            true => &stdout,
+            false => target,
+        };
         if !ui.drop_in() && target == "-" {
             return match format {
                 "raw" => Ok(Output::Stdout),
                 format => Err(Failure::usage(format!(
-                    "standard output can only be raw, since {format} is not written from front to back"
+                    "standard output can only be raw or streamOptimized vmdk, since {format} is not written from front to \
+                     back otherwise"
                 ))),
             };
         }

@@ -13,12 +13,15 @@
 //!
 //! A descriptor is a file of its own, or inside of the one SPARSE file it is about. All integers are little-endian.
 
+mod create;
 pub mod descriptor;
 mod facts;
 pub mod header;
 mod layer;
 pub mod layout;
 pub mod map;
+mod measure;
+pub mod options;
 mod sparse;
 
 pub use layer::VmdkLayer;
@@ -93,19 +96,19 @@ impl Driver for Vmdk {
     }
 
     fn options(&self) -> &'static [OptionSpec] {
-        &[]
+        options::OPTIONS
     }
 
-    fn outputs(&self, _spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
-        Err(unsupported("format 'vmdk' cannot be created"))
+    fn outputs(&self, spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
+        create::outputs(spec)
     }
 
-    fn build(&self, _spec: &CreateSpec, _files: FilesMut) -> Result<Box<dyn Builder>> {
-        Err(unsupported("format 'vmdk' cannot be created"))
+    fn build(&self, spec: &CreateSpec, files: FilesMut) -> Result<Box<dyn Builder>> {
+        create::build(spec, files)
     }
 
-    fn measure(&self, _spec: &CreateSpec, _data: Option<&mut dyn DataRuns>) -> Result<Measure> {
-        Err(unsupported("format 'vmdk' cannot be created"))
+    fn measure(&self, spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Result<Measure> {
+        measure::measure(spec, data)
     }
 }
 
