@@ -9,7 +9,7 @@ use diskmill_core::{
     HostOffset, HostRun, Options, QueuedWrite, RawFile, Result, Role, Run, Storage, StorageMut, Stored,
     Writes, ZeroHow,
 };
-use diskmill_formats::{qcow2, raw};
+use diskmill_formats::{qcow2, raw, vmdk};
 use diskmill_storage::Memory;
 use diskmill_testkit::contract::builder::{builder, open};
 
@@ -504,10 +504,17 @@ const SUBFORMATS: [&str; 5] = [
 fn vmdk_in_files() {
     for subformat in SUBFORMATS {
         for size in [512, 65_536, SIZE, 70 << 20] {
-            builder(&vmdk::DRIVER, &spec(size, &format!("subformat={subformat}")), &file);
+            builder(
+                &vmdk::DRIVER,
+                &spec(size, &format!("subformat={subformat}")),
+                &file,
+            );
         }
     }
-    for options in ["zeroed_grain=on", "zeroed_grain=on,subformat=twoGbMaxExtentSparse"] {
+    for options in [
+        "zeroed_grain=on",
+        "zeroed_grain=on,subformat=twoGbMaxExtentSparse",
+    ] {
         builder(&vmdk::DRIVER, &spec(SIZE, options), &file);
     }
     for options in ["preallocation=falloc", "preallocation=full"] {
@@ -563,7 +570,11 @@ fn a_stream_into_a_pipe_has_the_bytes_of_one_in_a_file() {
             let rest = at + data.len() as u64;
             let end = if at == 0 { 33 << 20 } else { 40 << 20 };
             builder
-                .place_run(GuestOffset::new(rest)..GuestOffset::new(end), Run::Zero, &mut writes)
+                .place_run(
+                    GuestOffset::new(rest)..GuestOffset::new(end),
+                    Run::Zero,
+                    &mut writes,
+                )
                 .unwrap();
             writes.perform(&files).unwrap();
         }
@@ -576,5 +587,9 @@ fn a_stream_into_a_pipe_has_the_bytes_of_one_in_a_file() {
     let mut bytes = vec![0; plain.len().unwrap() as usize];
     plain.read_at(HostOffset::ZERO, &mut bytes).unwrap();
     assert!(*pipe.0.lock().unwrap() == bytes);
-    assert_eq!(bytes[bytes.len() - 512..], [0; 512], "the last sector ends the stream");
+    assert_eq!(
+        bytes[bytes.len() - 512..],
+        [0; 512],
+        "the last sector ends the stream"
+    );
 }
