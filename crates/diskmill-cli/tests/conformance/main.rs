@@ -5,6 +5,7 @@
 #![allow(non_snake_case, reason = "a double underscore parts the dimensions of a cell")]
 
 mod agree;
+mod amend;
 mod chains;
 mod devices;
 mod disk;

@@ -1,5 +1,6 @@
 //! Writing qcow2 images in place: against a model of the disk, against QEMU's tools, through power cuts and failures.
 
+mod amend;
 mod backing;
 mod crash;
 mod hostile;
