@@ -359,7 +359,7 @@ impl Tale {
         let found = subject
             .look(files)
             .map_err(|error| format!("it does not open: {error:?}"))?;
-        explain(moment, &found)?;
+        explain(&moment.mixes, &found)?;
         Ok(report.corruptions > 0)
     }
 
@@ -378,6 +378,17 @@ impl Tale {
         }
         text
     }
+}
+
+/// Demands that `found` is what an operation that leads from `before` to `after` may leave when it is stopped.
+pub fn explains(
+    before: &Picture,
+    effect: Effect,
+    after: &Picture,
+    found: &Picture,
+) -> std::result::Result<(), String> {
+    let mixes = mixes(std::slice::from_ref(before), effect, Vec::new(), after);
+    explain(&mixes, found)
 }
 
 fn mixes(before: &[Picture], effect: Effect, through: Vec<Picture>, after: &Picture) -> Vec<Vec<Picture>> {
@@ -402,7 +413,7 @@ fn repaired(subject: &dyn Subject, files: &[Vec<u8>], moment: &Moment) -> std::r
         return Err(format!("repaired it is not clean: {:#?}", report.findings));
     }
     let then = subject.look(&repaired).map_err(|error| format!("{error:?}"))?;
-    explain(moment, &then).map_err(|text| format!("repaired: {text}"))?;
+    explain(&moment.mixes, &then).map_err(|text| format!("repaired: {text}"))?;
     Ok(true)
 }
 
@@ -416,10 +427,10 @@ fn worse(subject: &dyn Subject, report: &CheckReport, flags_may_lag: bool) -> bo
     report.check_errors > 0 || report.corruptions > if flags_may_lag { flags } else { 0 }
 }
 
-/// Demands that `found` is one of the mixes that a moment may show.
-fn explain(moment: &Moment, found: &Picture) -> std::result::Result<(), String> {
+/// Demands that `found` is one of the mixes.
+fn explain(mixes: &[Vec<Picture>], found: &Picture) -> std::result::Result<(), String> {
     let mut reasons = Vec::new();
-    for mix in &moment.mixes {
+    for mix in mixes {
         match explain_by(mix, found) {
             Ok(()) => return Ok(()),
             Err(reason) => reasons.push(reason),
@@ -471,3 +482,6 @@ fn unexplained(mix: &[Picture], found: &[u8]) -> Option<usize> {
                 .any(|(byte, at)| mix.iter().all(|picture| picture.disk.get(at) != Some(byte)))
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -26,7 +26,8 @@ const TARGETS: [(&str, &str); 4] = [
     ("-f raw -O qcow2 -o preallocation=metadata", "qcow2"),
 ];
 
-fn signal(child: &Child, name: &str) {
+/// Sends a signal.
+pub fn signal(child: &Child, name: &str) {
     Run::new("sh")
         .args(["-c", &format!("kill -{name} {}", child.id())])
         .finish();
@@ -134,7 +135,7 @@ fn convert__out_of_space() {
 }
 
 /// What makes the binary behave as `qemu-img` where its name cannot be set.
-fn binary_words() -> &'static [&'static str] {
+pub fn binary_words() -> &'static [&'static str] {
     if std::env::var_os("DISKMILL_BIN").is_some() {
         &[]
     } else {

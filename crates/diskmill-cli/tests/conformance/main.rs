@@ -16,6 +16,7 @@ mod interrupt;
 mod locks;
 mod matrix;
 mod options;
+mod safety;
 mod sizes;
 mod snapshots;
 mod tools;

@@ -30,7 +30,10 @@ fn survive(operation: &Operation) -> Figures {
         "{}: nothing was written",
         operation.name
     );
-    tale.survive(&Recorded { names, first }, Effort::usual(seed()).times(soak()))
+    let mut effort = Effort::usual(seed()).times(2 * soak());
+    // Few states, so that more of them are looked at closely.
+    (effort.overwrite_every, effort.repair_every, effort.judge_every) = (5, 5, 17);
+    tale.survive(&Recorded { names, first }, effort)
 }
 
 /// Tells what was tried, for whoever asks by `--no-capture`.

@@ -1,6 +1,7 @@
 //! The operations that are put to the test.
 
 use diskmill::open::OpenRequest;
+use diskmill::ops::amend::{self, AmendRequest};
 use diskmill::ops::convert::{self, ExistingImage, Input, NewImage, Output, Plan};
 use diskmill::ops::create::{self, CreateRequest};
 use diskmill::ops::resize::{self, NewSize, Preallocation, ResizeRequest};
@@ -87,6 +88,11 @@ fn change(world: &World, action: Action) -> Result<()> {
     snapshot::change(&request, &action, &mut |_| {})
 }
 
+fn amend(world: &World, options: &str) -> Result<()> {
+    let request = AmendRequest::new(world.request("image"), Options::parse(options));
+    amend::run(&request, &mut |_| {}, Job::silent())
+}
+
 const SWITCHES: Outcome = Outcome::InPlace(Effect::Switches);
 const SETTLES: Outcome = Outcome::InPlace(Effect::Settles);
 
@@ -168,5 +174,35 @@ pub const OPERATIONS: &[Operation] = &[
         make: |scratch| kept(scratch, "cluster_size=16k,extended_l2=on"),
         run: |world| change(world, Action::Delete("one".to_owned())),
         outcome: Outcome::Sharing,
+    },
+    Operation {
+        name: "amend to wider refcounts",
+        make: |scratch| kept(scratch, "cluster_size=512,refcount_bits=8"),
+        run: |world| amend(world, "refcount_bits=64"),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "amend to narrower refcounts",
+        make: |scratch| kept(scratch, "cluster_size=4k,extended_l2=off"),
+        run: |world| amend(world, "refcount_bits=2"),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "amend to version 2",
+        make: |scratch| used(scratch, "cluster_size=4k,lazy_refcounts=on,refcount_bits=32"),
+        run: |world| amend(world, "compat=0.10,lazy_refcounts=off,refcount_bits=16"),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "amend to version 3",
+        make: |scratch| kept(scratch, "cluster_size=2k,compat=0.10"),
+        run: |world| amend(world, "compat=1.1,lazy_refcounts=on,refcount_bits=4"),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "amend the size",
+        make: |scratch| used(scratch, "cluster_size=512"),
+        run: |world| amend(world, "size=9M"),
+        outcome: SWITCHES,
     },
 ];
