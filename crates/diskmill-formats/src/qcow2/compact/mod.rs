@@ -43,6 +43,8 @@ pub(super) enum CompactError {
         "the image has {errors} errors and is not compacted before they are put right (check --repair all)"
     )]
     Corrupt { errors: u64 },
+    #[error("the image cannot be checked in {errors} places and is not compacted (see check)")]
+    Unchecked { errors: u64 },
     #[error("the image is marked corrupt and is not compacted before it is repaired (check --repair all)")]
     MarkedCorrupt,
     #[error("compacting encrypted images")]
@@ -137,15 +139,14 @@ fn sound(main: &Arc<dyn StorageMut>, files: &FilesMut, how: &OpenSpec, job: Job<
             .collect()
     };
     let parse = || Qcow2Image::parse(main.as_ref(), how).map(Box::new);
-    let corrupt = |report: &CheckReport| {
-        let errors = report.corruptions.saturating_add(report.check_errors);
-        match errors {
-            0 => Ok(()),
-            errors => Err(refuse(ErrorKind::Corrupt, CompactError::Corrupt { errors })),
-        }
+    let refuse_errors = |report: &CheckReport| match (report.check_errors, report.corruptions) {
+        (0, 0) => Ok(()),
+        (0, errors) => Err(refuse(ErrorKind::Corrupt, CompactError::Corrupt { errors })),
+        // What cannot be read may be all there is to it.
+        (errors, _) => Err(refuse(ErrorKind::Io, CompactError::Unchecked { errors })),
     };
     let report = parse()?.check(readable(), how, quiet)?;
-    corrupt(&report)?;
+    refuse_errors(&report)?;
     if report.leaks > 0 {
         parse()?.repair(files.clone(), how, Repair::Leaks, quiet)?;
     }

@@ -129,6 +129,7 @@ impl Work<'_> {
             return Ok(());
         };
         self.report.moved = self.report.moved.saturating_add(clusters << self.bits());
+        self.keep_fresh();
         self.refcounts.move_table(&mut self.fence, new)?;
         for cluster in first..first.saturating_add(clusters) {
             self.drop_with_batch(cluster, 1);

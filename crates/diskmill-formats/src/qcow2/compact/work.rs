@@ -157,6 +157,11 @@ impl<'a> Work<'a> {
         self.fresh.push((cluster, count));
     }
 
+    /// Notes that something on disk may refer to what was taken for this batch, from now on.
+    pub(super) fn keep_fresh(&mut self) {
+        self.fresh.clear();
+    }
+
     /// Takes a run of free clusters below `limit` for this batch.
     pub(super) fn take_run(&mut self, len: u64, count: u64, limit: u64) -> Result<Option<u64>> {
         let taken = self.refcounts.take_run(&mut self.fence, len, count, limit)?;
@@ -223,10 +228,12 @@ impl<'a> Work<'a> {
         self.refcounts.write_blocks(&mut self.fence)?;
         if self.refcounts.table_is_dirty() {
             self.fence.barrier()?;
+            // From here on the table on disk may name what is fresh.
+            self.keep_fresh();
             self.refcounts.write_table(&mut self.fence)?;
         }
         self.fence.barrier()?;
-        self.fresh.clear();
+        self.keep_fresh();
         let switches = std::mem::take(&mut self.switches);
         if !switches.is_empty() {
             self.apply(switches)?;
