@@ -43,6 +43,16 @@ pub fn machine(nanoseconds: u64) -> String {
     )
 }
 
+/// The time that files made now are to bear, in seconds since 1970: `SOURCE_DATE_EPOCH` if that is set, so that the
+/// same inputs give the same bytes.
+pub fn build_time() -> u64 {
+    let said = std::env::var("SOURCE_DATE_EPOCH").ok();
+    said.and_then(|text| text.parse().ok()).unwrap_or_else(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map(|since| since.as_secs()).unwrap_or(0)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,16 +1,17 @@
 use std::ffi::OsString;
 use std::num::{NonZeroU64, NonZeroUsize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use diskmill::open::{self, OpenRequest};
+use diskmill::open;
 use diskmill::ops::convert::{ConvertError, ExistingImage, Input, NewImage, Output, Plan, Summary, run};
 use diskmill::ops::create::CreateError;
 use diskmill::spec::ImageSpec;
-use diskmill_core::{Compression, Durability, ErrorKind, Format, OptionError, Options};
+use diskmill_core::{Compression, Durability, ErrorKind, OptionError, Options};
 use diskmill_storage::CacheMode;
 
+use super::package::{self, Making};
 use super::{DiskArgs, DoArgs, NATIVE, Run, Source, creation_options};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
@@ -115,34 +116,25 @@ impl Run for ConvertArgs {
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
         let json = self.how.wants_json()?;
         let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)?;
-        let format = self.target_format.as_deref().unwrap_or("raw");
+        let format = self.format();
+        if format == "ova" && !ui.drop_in() {
+            return self.fill_package(ui, style, json);
+        }
         let target = self.names.last().filter(|_| self.names.len() > 1);
         let Some(options) = creation_options(ui, &self.target_options, format, target)? else {
             return Ok(Exit::OK);
         };
-        let settings = self.settings(ui, options, format)?;
+        let mut settings = self.settings(ui, options, format)?;
+        (settings.style, settings.json) = (style, json);
         let (target, sources) = match self.names.split_last() {
             Some((target, sources)) if !sources.is_empty() => (target, sources),
             _ => return Err(Failure::usage("Must specify image file name")),
         };
-        let plan = self.plan(ui, target, sources, format, settings)?;
-        let name = target.to_string_lossy();
-        let progress = Progress::begin(ui, style)?;
-        let began = Instant::now();
-        let summary = run(&plan, progress.job());
-        progress.signals().die_if_cancelled(&summary);
-        if summary.is_ok() {
-            progress.complete();
+        if !ui.drop_in() && !self.no_create && Path::new(target).is_dir() {
+            return self.fill_directory(ui, Path::new(target), sources, &settings);
         }
-        progress.end();
-        let summary = summary.map_err(|error| self.failed(error, target, sources, format))?;
-        if let (Some(why), false) = (&summary.in_place, ui.drop_in()) {
-            ui.warn(&format!("'{}' was written in place: {why}", ui.name(&name)));
-        }
-        if json && !matches!(plan.output, Output::Stdout) {
-            ui.print(to_json(&name, format, &summary, began).pretty())?;
-        }
-        Ok(Exit::OK)
+        let plan = self.plan(ui, target, sources, format, &settings)?;
+        self.convert(ui, &plan, target, sources, &settings)
     }
 }
 
@@ -157,9 +149,152 @@ struct Settings {
     workers: Option<NonZeroUsize>,
     rate: Option<NonZeroU64>,
     snapshot: Option<String>,
+    style: Style,
+    json: bool,
 }
 
 impl ConvertArgs {
+    fn format(&self) -> &str {
+        self.target_format.as_deref().unwrap_or("raw")
+    }
+
+    /// Copies, and tells how it went.
+    fn convert(
+        &self,
+        ui: &Ui,
+        plan: &Plan,
+        target: &OsString,
+        sources: &[OsString],
+        settings: &Settings,
+    ) -> Result<Exit, Failure> {
+        let format = self.format();
+        let name = target.to_string_lossy();
+        let progress = Progress::begin(ui, settings.style)?;
+        let began = Instant::now();
+        let summary = run(plan, progress.job());
+        progress.signals().die_if_cancelled(&summary);
+        if summary.is_ok() {
+            progress.complete();
+        }
+        progress.end();
+        let summary = summary.map_err(|error| self.failed(error, target, sources, format))?;
+        if let (Some(why), false) = (&summary.in_place, ui.drop_in()) {
+            ui.warn(&format!("'{}' was written in place: {why}", ui.name(&name)));
+        }
+        if settings.json && !matches!(plan.output, Output::Stdout) {
+            ui.print(to_json(&name, format, &summary, began).pretty())?;
+        }
+        Ok(Exit::OK)
+    }
+
+    /// All disks of a package, or the one that was chosen, each into an image of its own in `dir`.
+    fn fill_directory(
+        &self,
+        ui: &Ui,
+        dir: &Path,
+        sources: &[OsString],
+        settings: &Settings,
+    ) -> Result<Exit, Failure> {
+        let shown = dir.display();
+        let [source] = sources else {
+            return Err(Failure::usage(format!(
+                "'{shown}' is a directory: it takes the disks of one OVF package"
+            )));
+        };
+        let Input::Image(mut request) = self.input(ui, source, settings.snapshot.clone())? else {
+            return Err(Failure::usage(format!("'{shown}' is a directory")));
+        };
+        let chosen = request.disk.take();
+        let package = open::package(&request).map_err(|error| Failure::open(source, error))?;
+        let Some(package) = package else {
+            let text = format!(
+                "'{shown}' is a directory, and '{}' is no OVF package whose disks could go there",
+                source.to_string_lossy()
+            );
+            return Err(Failure::usage(text));
+        };
+        let format = self.format();
+        let disks = match &chosen {
+            Some(disk) => {
+                let disk = package
+                    .choose(Some(disk))
+                    .map_err(|error| Failure::open(source, error))?;
+                vec![disk]
+            }
+            None => package
+                .envelope()
+                .disks
+                .iter()
+                .filter(|disk| disk.file.is_some())
+                .collect(),
+        };
+        let mut jobs: Vec<(PathBuf, String)> = Vec::new();
+        for disk in disks {
+            let file = disk.file.and_then(|file| package.envelope().files.get(file));
+            let stem = file.map_or_else(|| disk.id.clone(), |file| file.name.base().stem().to_owned());
+            let target = dir.join(format!("{stem}.{format}"));
+            if let Some((_, other)) = jobs.iter().find(|(known, _)| *known == target) {
+                return Err(Failure::usage(format!(
+                    "disks '{other}' and '{}' would both become '{}'",
+                    disk.id,
+                    target.display()
+                )));
+            }
+            jobs.push((target, disk.id.clone()));
+        }
+        if jobs.is_empty() {
+            return Err(Failure::usage("the package has no disk"));
+        }
+        for (target, disk) in jobs {
+            let target = target.into_os_string();
+            let mut plan = self.plan(ui, &target, sources, format, settings)?;
+            if let Some(Input::Image(request)) = plan.inputs.first_mut() {
+                request.disk = Some(disk);
+            }
+            self.convert(ui, &plan, &target, sources, settings)?;
+        }
+        Ok(Exit::OK)
+    }
+
+    /// The sources as the disks of a new OVF package, of a machine nothing is known of.
+    fn fill_package(&self, ui: &Ui, style: Style, json: bool) -> Result<Exit, Failure> {
+        let unfit = [
+            (self.no_create, "-n"),
+            (self.backing.is_some(), "-B"),
+            (!self.target_options.is_empty(), "-o"),
+            (self.bitmaps, "--bitmaps"),
+            (self.rate.is_some(), "--rate"),
+            (self.copy_range_offloading, "-C"),
+            (self.salvage, "--salvage"),
+        ];
+        if let Some((_, option)) = unfit.into_iter().find(|(given, _)| *given) {
+            return Err(Failure::usage(format!(
+                "{option} makes no sense for an OVF package; 'diskmill ova create' says more of the machine"
+            )));
+        }
+        let settings = self.settings(ui, Options::new(), self.format())?;
+        let (target, sources) = match self.names.split_last() {
+            Some((target, sources)) if !sources.is_empty() => (target, sources),
+            _ => return Err(Failure::usage("Must specify image file name")),
+        };
+        let mut disks = Vec::with_capacity(sources.len());
+        for source in sources {
+            match self.input(ui, source, settings.snapshot.clone())? {
+                Input::Image(request) => disks.push(*request),
+                _ => {
+                    return Err(Failure::usage(
+                        "standard input cannot be a disk of an OVF package",
+                    ));
+                }
+            }
+        }
+        let mut making = Making::new(disks, target);
+        making.level = self.compress_level;
+        making.workers = settings.workers;
+        making.cache = settings.cache;
+        package::make(ui, making, style, json)
+    }
+
     /// Checks what can be checked without looking at files, in the order the real tool does.
     fn settings(&self, ui: &Ui, options: Options, format: &str) -> Result<Settings, Failure> {
         let snapshot = self
@@ -236,6 +371,8 @@ impl ConvertArgs {
             workers,
             rate,
             snapshot,
+            style: Style::None,
+            json: false,
         })
     }
 
@@ -245,13 +382,13 @@ impl ConvertArgs {
         target: &OsString,
         sources: &[OsString],
         format: &str,
-        settings: Settings,
+        settings: &Settings,
     ) -> Result<Plan, Failure> {
         let mut inputs = Vec::with_capacity(sources.len());
         for name in sources {
             inputs.push(self.input(ui, name, settings.snapshot.clone())?);
         }
-        let output = self.output(ui, target, format, &settings)?;
+        let output = self.output(ui, target, format, settings)?;
         let mut inputs = inputs.into_iter();
         let Some(first) = inputs.next() else {
             return Err(Failure::usage("Must specify image file name"));
@@ -295,7 +432,7 @@ impl ConvertArgs {
         let mut request = source.request(name, &self.how.native, ui)?;
         request.hold = true;
         if !ui.drop_in() {
-            refuse_containers(name, &request)?;
+            package::refuse_containers(name, &request)?;
         }
         Ok(Input::Image(Box::new(request)))
     }
@@ -393,27 +530,6 @@ fn is_about_the_request(error: &diskmill_core::Error) -> bool {
     create
         || error.find::<ConvertError>().is_some()
         || matches!(error.find::<OptionError>(), Some(OptionError::Unknown(_)))
-}
-
-/// An archive or a compressed file taken for a raw disk gives a disk of rubbish: say so instead.
-fn refuse_containers(name: &OsString, request: &OpenRequest) -> Result<(), Failure> {
-    if request.format.is_some() || request.spec.driver.is_some() {
-        return Ok(());
-    }
-    let mut request = request.clone();
-    request.backing = false;
-    request.hold = false;
-    let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
-    match image.nodes.first() {
-        Some(node) if node.facts.format == Format::Raw => match node.looks_like {
-            Some(what) => Err(Failure::refused(format!(
-                "'{}' looks like {what}, not a disk image; say --source-format raw to copy it as it is",
-                name.to_string_lossy()
-            ))),
-            None => Ok(()),
-        },
-        _ => Ok(()),
-    }
 }
 
 fn converting(error: diskmill_core::Error, target: &OsString, format: &str) -> Failure {

@@ -29,6 +29,7 @@ mod info;
 mod man;
 mod map;
 mod measure;
+mod ova;
 mod package;
 mod resize;
 mod snapshot;
@@ -87,7 +88,7 @@ impl Spec {
 }
 
 /// All commands, in the order of the help.
-pub static COMMANDS: [Spec; 14] = [
+pub static COMMANDS: &[Spec] = &[
     Spec::of::<create::CreateArgs>(true),
     Spec::of::<info::InfoArgs>(true),
     Spec::of::<convert::ConvertArgs>(true),
@@ -99,13 +100,14 @@ pub static COMMANDS: [Spec; 14] = [
     Spec::of::<snapshot::SnapshotArgs>(true),
     Spec::of::<amend::AmendArgs>(true),
     Spec::of::<compact::CompactArgs>(false),
+    Spec::of::<ova::OvaArgs>(false),
     Spec::of::<demo::DemoArgs>(false),
     Spec::of::<completions::CompletionsArgs>(false),
     Spec::of::<man::ManArgs>(false),
 ];
 
 /// Commands of `qemu-img` that are known by name only.
-pub const LATER: [(&str, &str); 5] = [
+pub const LATER: &[(&str, &str)] = &[
     ("bench", "Measure the speed of an image (not supported yet)"),
     ("bitmap", "Change dirty bitmaps of an image (not supported yet)"),
     (
@@ -165,6 +167,7 @@ fn with_values(arg: Arg) -> Arg {
         "preallocation" => &["off", "metadata", "falloc", "full"],
         "progress" => &["auto", "bar", "plain", "json", "none"],
         "repair" => &["leaks", "all"],
+        "firmware" => &["bios", "efi"],
         "format" | "source_format" | "target_format" | "backing_format" | "a_format" | "b_format" => {
             let formats = registry::drivers().iter().map(|driver| driver.format().name());
             return arg.value_parser(PossibleValuesParser::new(formats));
@@ -395,7 +398,7 @@ mod tests {
 
     #[test]
     fn every_option_has_a_long_name_and_a_help_text() {
-        for spec in &COMMANDS {
+        for spec in COMMANDS {
             for arg in spec.definition().get_arguments() {
                 assert!(
                     arg.is_positional() || arg.get_long().is_some(),

@@ -1,12 +1,18 @@
-//! What `info` and `check` say of an OVF package.
+//! OVF packages: what `info` and `check` say of them, and how they are made.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
 
 use diskmill::open::{self, OpenRequest};
+use diskmill::ops::convert::{PackagePlan, run_package};
 use diskmill::package::{FileState, Package, Verified};
-use diskmill_formats::ova::{DiskEntry, System};
+use diskmill_core::{Compression, Durability, Format};
+use diskmill_formats::ova::{DiskEntry, Machine, Profile, System};
+use diskmill_storage::CacheMode;
 
+use crate::clock;
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::json::Json;
@@ -260,4 +266,122 @@ fn verified_text(verified: &Verified, ui: &Ui) -> String {
         }
     ));
     out
+}
+
+/// An archive or a compressed file taken for a raw disk gives a disk of rubbish: say so instead.
+pub(super) fn refuse_containers(name: &OsString, request: &OpenRequest) -> Result<(), Failure> {
+    if request.format.is_some() || request.spec.driver.is_some() {
+        return Ok(());
+    }
+    let mut request = request.clone();
+    request.backing = false;
+    request.hold = false;
+    let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
+    match image.nodes.first() {
+        Some(node) if node.facts.format == Format::Raw => match node.looks_like {
+            Some(what) => Err(Failure::refused(format!(
+                "'{}' looks like {what}, not a disk image; say --source-format raw to copy it as it is",
+                name.to_string_lossy()
+            ))),
+            None => Ok(()),
+        },
+        _ => Ok(()),
+    }
+}
+
+/// A package to be made, as options say it.
+pub(super) struct Making {
+    disks: Vec<OpenRequest>,
+    target: OsString,
+    /// What it is for.
+    pub(super) profile: Profile,
+    /// The machine's name; the target's if not said.
+    pub(super) name: Option<String>,
+    /// Changes the machine that the profile suggests.
+    pub(super) machine: Box<dyn Fn(&mut Machine)>,
+    /// How hard to compress.
+    pub(super) level: Option<i32>,
+    /// Threads to use at most.
+    pub(super) workers: Option<NonZeroUsize>,
+    /// How writes pass the host's cache.
+    pub(super) cache: Option<CacheMode>,
+}
+
+impl Making {
+    /// A package of `disks` called `target`; `-` is standard output.
+    pub(super) fn new(disks: Vec<OpenRequest>, target: &OsStr) -> Self {
+        Self {
+            disks,
+            target: target.to_owned(),
+            profile: Profile::default(),
+            name: None,
+            machine: Box::new(|_| {}),
+            level: None,
+            workers: None,
+            cache: None,
+        }
+    }
+}
+
+/// Makes a package, and tells how it went.
+pub(super) fn make(ui: &Ui, making: Making, style: Style, json: bool) -> Result<Exit, Failure> {
+    let target = (making.target != "-").then(|| PathBuf::from(&making.target));
+    let stem = target
+        .as_deref()
+        .and_then(Path::file_stem)
+        .map(|stem| stem.to_string_lossy().into_owned());
+    let name = making
+        .name
+        .clone()
+        .or_else(|| stem.clone())
+        .unwrap_or_else(|| "disk".to_owned());
+    let stem = stem.unwrap_or_else(|| name.replace(['/', '\\'], "-"));
+    let mut machine = Machine::new(name, making.profile);
+    (making.machine)(&mut machine);
+    let mut disks = making.disks.into_iter();
+    let Some(first) = disks.next() else {
+        return Err(Failure::usage("Must specify image file name"));
+    };
+    let mut plan = PackagePlan::new(first, target.clone(), stem, machine);
+    plan.disks.extend(disks);
+    plan.profile = making.profile;
+    plan.time = clock::build_time();
+    plan.compression = Compression { level: making.level };
+    plan.workers = making.workers;
+    if let Some(cache) = making.cache {
+        plan.cache = cache;
+        if cache == CacheMode::Unsafe {
+            plan.durability = Durability::None;
+        }
+    }
+    let progress = Progress::begin(ui, style)?;
+    let packed = run_package(&plan, progress.job());
+    progress.signals().die_if_cancelled(&packed);
+    if packed.is_ok() {
+        progress.complete();
+    }
+    progress.end();
+    let packed = packed.map_err(Failure::from)?;
+    let shown = making.target.to_string_lossy();
+    if let Some(why) = &packed.in_place {
+        ui.warn(&format!("'{}' was written in place: {why}", ui.name(&shown)));
+    }
+    if json && target.is_some() {
+        let disks = packed.disks.iter().map(|disk| {
+            Json::ordered([
+                ("filename", Json::text(disk.file.as_str())),
+                ("virtual-size", Json::Int(disk.capacity)),
+                ("populated-size", Json::Int(disk.populated)),
+                ("file-size", Json::Int(disk.len)),
+            ])
+        });
+        let summary = Json::ordered([
+            ("filename", Json::text(shown)),
+            ("format", Json::text("ova")),
+            ("size", Json::Int(packed.len)),
+            ("disks", Json::List(disks.collect())),
+        ]);
+        ui.print(summary.pretty())?;
+    }
+    Ok(Exit::OK)
 }

@@ -4,7 +4,7 @@ use diskmill_testkit::Scratch;
 
 use crate::{diskmill, ours};
 
-const COMMANDS: [&str; 14] = [
+const COMMANDS: &[&str] = &[
     "create",
     "info",
     "convert",
@@ -16,6 +16,7 @@ const COMMANDS: [&str; 14] = [
     "amend",
     "snapshot",
     "compact",
+    "ova",
     "demo",
     "completions",
     "man",

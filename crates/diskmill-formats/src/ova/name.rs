@@ -87,6 +87,12 @@ impl MemberName {
         &self.0
     }
 
+    /// Its last part: what it is called in its directory.
+    #[must_use]
+    pub fn base(&self) -> Self {
+        Self(self.0.rsplit('/').next().unwrap_or_default().to_owned())
+    }
+
     /// What it is without its last extension.
     pub fn stem(&self) -> &str {
         self.0.rsplit_once('.').map_or(&self.0, |(stem, _)| stem)
