@@ -29,6 +29,10 @@ pub(crate) enum Part {
     SnapshotTable,
     /// The L1 table of a snapshot.
     InactiveL1,
+    /// The directory of dirty bitmaps.
+    BitmapDirectory,
+    /// The table of a dirty bitmap.
+    BitmapTable,
 }
 
 impl Part {
@@ -42,6 +46,8 @@ impl Part {
             Self::RefcountBlock => "a refcount block",
             Self::SnapshotTable => "the snapshot table",
             Self::InactiveL1 => "the L1 table of a snapshot",
+            Self::BitmapDirectory => "the directory of dirty bitmaps",
+            Self::BitmapTable => "the table of a dirty bitmap",
         }
     }
 }

@@ -528,6 +528,24 @@ impl Header {
         })
     }
 
+    /// Says where the dirty bitmaps are, or that there are none.
+    pub fn set_bitmaps(&mut self, place: Option<BitmapsExtension>) {
+        self.autoclear = self.autoclear.with(Autoclear::BITMAPS, place.is_some());
+        let is_bitmaps = |extension: &Extension| matches!(extension, Extension::Bitmaps(_));
+        let known = self.extensions.iter().position(is_bitmaps);
+        self.extensions.retain(|extension| !is_bitmaps(extension));
+        if let Some(place) = place {
+            // In front of what this program does not know, as QEMU has it.
+            let unknown = self
+                .extensions
+                .iter()
+                .position(|extension| matches!(extension, Extension::Unknown { .. }));
+            let at = known.or(unknown).unwrap_or(self.extensions.len());
+            self.extensions
+                .insert(at.min(self.extensions.len()), Extension::Bitmaps(place));
+        }
+    }
+
     /// Where the dirty bitmaps are, if there are some and they can be trusted.
     pub fn bitmaps(&self) -> Option<BitmapsExtension> {
         if !self.autoclear.has(Autoclear::BITMAPS) {

@@ -3,10 +3,11 @@
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use diskmill_core::{
-    Error, ErrorKind, Extent, Facts, FileIndex, Files, Format, GuestOffset, HostOffset, HostSpan, Layer,
-    OpenSpec, Result, Role, State, Storage,
+    DirtyRuns, Error, ErrorKind, Extent, Facts, FileIndex, Files, Format, GuestOffset, HostOffset, HostSpan,
+    Layer, Limits, OpenSpec, Result, Role, State, Storage,
 };
 
+use super::bitmap;
 use super::cache::{SLICE_BYTES, SliceCache};
 use super::header::{CompressionType, Header};
 use super::hollow::RefcountPlace;
@@ -57,6 +58,8 @@ pub struct Qcow2Layer {
     decoders: Decoders,
     refcounts: RefcountPlace,
     hollow: OnceLock<bool>,
+    header: Header,
+    limits: Limits,
 }
 
 /// Opens an image for reading.
@@ -114,6 +117,8 @@ pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &Open
         refcounts: RefcountPlace::new(header),
         hollow: OnceLock::new(),
         files,
+        header: header.clone(),
+        limits: how.limits,
     })
 }
 
@@ -440,6 +445,10 @@ impl Layer for Qcow2Layer {
 
     fn file(&self, index: FileIndex) -> Option<&Arc<dyn Storage>> {
         self.files.get(usize::from(index.0))
+    }
+
+    fn dirty(&self, name: &str) -> Result<Box<dyn DirtyRuns>> {
+        bitmap::dirty(self.main()?, &self.header, &self.limits, name)
     }
 
     fn is_hollow(&self) -> Result<bool> {

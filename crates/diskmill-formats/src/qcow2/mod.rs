@@ -145,7 +145,8 @@ impl Qcow2Image {
         facts.corrupt = header.incompatible.has(Incompatible::CORRUPT);
         facts.backing = header.backing();
         facts.snapshots = snapshots.into_iter().map(|snapshot| snapshot.facts).collect();
-        facts.bitmaps = (header.version == Version::V3).then(|| bitmaps.iter().map(bitmap::facts).collect());
+        facts.bitmaps =
+            (header.version == Version::V3).then(|| bitmaps.iter().map(bitmap::Bitmap::facts).collect());
         let encrypt = describe_encryption(main, &header, how)?;
         facts.specific = Some(describe(&header, &bitmaps, encrypt));
         let mut references = Vec::new();
@@ -327,7 +328,7 @@ fn describe(
         map.push(("lazy-refcounts", Value::Bool(lazy)));
     }
     if !bitmaps.is_empty() {
-        let bitmaps = bitmaps.iter().map(bitmap::describe).collect();
+        let bitmaps = bitmaps.iter().map(bitmap::Bitmap::describe).collect();
         map.push(("bitmaps", Value::List(bitmaps)));
     }
     map.push(("refcount-bits", Value::Int(header.refcount_order.bits().into())));

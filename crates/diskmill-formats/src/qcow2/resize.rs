@@ -20,9 +20,6 @@ pub enum ResizeError {
     /// A snapshot of version 2 does not say how large its disk is.
     #[error("resizing a version 2 image with snapshots is not supported")]
     OldSnapshots,
-    /// The bitmaps would have to grow with the disk.
-    #[error("resizing an image with dirty bitmaps is not supported")]
-    Bitmaps,
     /// More than the tables can describe.
     #[error("a disk of {size} bytes needs an l1 table of {entries} entries, must be at most {max}")]
     TooLarge {
@@ -49,15 +46,22 @@ impl Image {
         if !self.snapshot_facts().is_empty() && self.version() == Version::V2 {
             return Err(refuse(ResizeError::OldSnapshots));
         }
-        if self.has_bitmaps {
-            return Err(refuse(ResizeError::Bitmaps));
-        }
         let max = L1_BYTES_MAX / 8;
         let rounded = size.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX);
         let entries = self.geometry.l1_entries(rounded);
         if entries > max || rounded > i64::MAX as u64 {
             return Err(refuse(ResizeError::TooLarge { size, entries, max }));
         }
+        self.with_bitmaps(|tables, bitmaps| {
+            bitmaps.check_resize(rounded)?;
+            bitmaps.flush(tables)?;
+            // Until the size says so, what goes away is a change that bitmaps do not know of.
+            if rounded < old {
+                bitmaps.mark(tables, &(0..0))
+            } else {
+                Ok(())
+            }
+        })?;
         if rounded > old {
             self.grow(old, rounded, entries, below)
         } else {
@@ -131,9 +135,16 @@ impl Image {
 
     /// Writes everything back, then the size.
     fn set_size(&self, size: u64) -> Result<()> {
-        self.change(|tables| {
+        self.with_bitmaps(|tables, bitmaps| {
             tables.write_back(true)?;
-            tables.write_header(HEADER_SIZE_AT, &size.to_be_bytes())
+            if bitmaps.is_empty() {
+                tables.write_header(HEADER_SIZE_AT, &size.to_be_bytes())?;
+                bitmaps.set_disk_size(size);
+                Ok(())
+            } else {
+                bitmaps.resize(tables, size)?;
+                bitmaps.flush(tables)
+            }
         })?;
         self.size.store(size, Ordering::Release);
         Ok(())

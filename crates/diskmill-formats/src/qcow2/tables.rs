@@ -32,6 +32,7 @@ use super::header::{Header, Version};
 use super::map::{Geometry, L1Entry};
 use super::refcount::Refcounts;
 use super::slot::{Place, Slot};
+pub(crate) use rewrite::HeaderRoom;
 
 mod tree;
 

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
-    BackingName, Chain, Encoder, Error, ErrorKind, Extent, Facts, FileIndex, Files, FilesMut, Format,
-    GuestOffset, HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Options, Reserve, Result,
-    SnapshotFacts, Snapshots, State as RunState, Storage, StorageMut, Stored, ZeroHow,
+    BackingName, BitmapFacts, Bitmaps, Chain, DirtyRuns, Encoder, Error, ErrorKind, Extent, Facts, FileIndex,
+    Files, FilesMut, Format, GuestOffset, HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Options,
+    Reserve, Result, SnapshotFacts, Snapshots, State as RunState, Storage, StorageMut, Stored, ZeroHow,
 };
 
-use super::bitmap;
+use super::bitmap::Store;
 use super::flight::{Flights, Hold};
 use super::header::{Autoclear, Header, Incompatible, Version};
 use super::layer::{Decoders, data_index};
@@ -38,10 +38,6 @@ pub(crate) enum WriteError {
     Adrift,
     #[error("the image was not closed properly; it cannot be written before it is repaired")]
     Dirty,
-    #[error(
-        "writing to an image with the enabled dirty bitmap '{0}' is not supported: it would no longer be true"
-    )]
-    Bitmap(String),
     #[error("the refcount table has no clusters; the image cannot be written before it is repaired")]
     NoRefcounts,
     #[error("{len} bytes at {at:#x} are not within the disk of {size} bytes")]
@@ -62,6 +58,7 @@ pub(super) fn refuse(kind: ErrorKind, error: WriteError) -> Error {
 struct State {
     tables: Tables,
     snapshots: SnapshotTable,
+    bitmaps: Store,
     incompatible: Incompatible,
 }
 
@@ -77,7 +74,6 @@ pub(crate) struct Image {
     pub(super) backed: AtomicBool,
     /// Whether the external data file is a raw image on its own.
     pub(super) raw_data_file: bool,
-    pub(super) has_bitmaps: bool,
     pub(super) unmap: bool,
     readable: Vec<Arc<dyn Storage>>,
     /// Where guest data is.
@@ -128,14 +124,6 @@ impl Image {
         };
         let data = data_file.clone().unwrap_or_else(|| Arc::clone(&main));
         let (snapshots, snapshots_end) = snapshot::read_table(main.as_ref(), header, &how.limits)?;
-        let has_bitmaps = header.autoclear.has(Autoclear::BITMAPS) && header.bitmaps().is_some();
-        if has_bitmaps {
-            let bitmaps = bitmap::read_directory(main.as_ref(), header, &how.limits)?;
-            // One that is off does not follow writes, and one in use has been given up already.
-            if let Some(enabled) = bitmaps.into_iter().find(|bitmap| bitmap.auto && !bitmap.in_use) {
-                return Err(refuse(ErrorKind::Unsupported, WriteError::Bitmap(enabled.name)));
-            }
-        }
         let mut tables = Tables::load(header, main, data_file, how.unmap)?;
         let table_at = header.snapshots_offset;
         let bytes = if snapshots.is_empty() {
@@ -144,6 +132,7 @@ impl Image {
             snapshots_end.since(table_at)
         };
         let snapshots = SnapshotTable::load(&mut tables, snapshots, table_at, bytes);
+        let bitmaps = Store::load(&mut tables, header, &how.limits)?;
         let known = header.autoclear.bits() & !header.autoclear.unknown().bits();
         if known != header.autoclear.bits() {
             tables.write_header(HEADER_AUTOCLEAR_AT, &known.to_be_bytes())?;
@@ -159,7 +148,6 @@ impl Image {
             is_v3: AtomicBool::new(geometry.version() == Version::V3),
             backed: AtomicBool::new(header.backing_name.is_some()),
             raw_data_file: geometry.data_file() && header.autoclear.has(Autoclear::RAW_DATA_FILE),
-            has_bitmaps,
             unmap: how.unmap,
             readable,
             data,
@@ -168,6 +156,7 @@ impl Image {
             state: Mutex::new(State {
                 tables,
                 snapshots,
+                bitmaps,
                 incompatible,
             }),
             flights: Flights::default(),
@@ -189,13 +178,26 @@ impl Image {
 
     /// Changes the tables, unless the image is corrupt. Contradictions found mark it as corrupt.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Tables) -> Result<T>) -> Result<T> {
-        self.change_all(|tables, _| change(tables))
+        self.change_all(|tables, _, _| change(tables))
     }
 
-    /// Changes the tables and the snapshot table, unless the image is corrupt.
+    /// Changes the tables and the bitmaps, unless the image is corrupt.
+    pub(super) fn with_bitmaps<T>(
+        &self,
+        change: impl FnOnce(&mut Tables, &mut Store) -> Result<T>,
+    ) -> Result<T> {
+        self.change_all(|tables, _, bitmaps| change(tables, bitmaps))
+    }
+
+    /// Notes in the bitmaps that guest bytes `range`, whose clusters are held, are about to be changed.
+    pub(super) fn mark(&self, range: &Range<u64>) -> Result<()> {
+        self.with_bitmaps(|tables, bitmaps| bitmaps.mark(tables, range))
+    }
+
+    /// Changes the tables, the snapshot table and the bitmaps, unless the image is corrupt.
     pub(super) fn change_all<T>(
         &self,
-        change: impl FnOnce(&mut Tables, &mut SnapshotTable) -> Result<T>,
+        change: impl FnOnce(&mut Tables, &mut SnapshotTable, &mut Store) -> Result<T>,
     ) -> Result<T> {
         let mut state = self.lock();
         if state.incompatible.has(Incompatible::CORRUPT) {
@@ -205,9 +207,12 @@ impl Image {
             return Err(refuse(ErrorKind::Io, WriteError::Adrift));
         }
         let State {
-            tables, snapshots, ..
+            tables,
+            snapshots,
+            bitmaps,
+            ..
         } = &mut *state;
-        let result = change(tables, snapshots);
+        let result = change(tables, snapshots, bitmaps);
         self.notice(&mut state, result)
     }
 
@@ -233,6 +238,11 @@ impl Image {
             .iter()
             .map(|snapshot| snapshot.facts.clone())
             .collect()
+    }
+
+    /// The dirty bitmaps.
+    pub(super) fn bitmap_facts(&self) -> Vec<BitmapFacts> {
+        self.lock().bitmaps.facts()
     }
 
     /// Marks the image as corrupt if `result` says that it contradicts itself.
@@ -401,6 +411,7 @@ impl Image {
         let _flight = self
             .flights
             .hold(self.clusters(&(at.get()..at.get() + 1)), Hold::Alone);
+        self.mark(&(at.get()..at.saturating_add(cluster).get()))?;
         let entry = self.change(|tables| tables.allocate_packed(len))?;
         let slot = Slot {
             place: Place::Packed(entry),
@@ -489,6 +500,10 @@ impl Layer for Image {
     fn file(&self, index: FileIndex) -> Option<&Arc<dyn Storage>> {
         self.readable.get(usize::from(index.0))
     }
+
+    fn dirty(&self, name: &str) -> Result<Box<dyn DirtyRuns>> {
+        self.dirty_runs(name)
+    }
 }
 
 impl LayerMut for Image {
@@ -499,6 +514,7 @@ impl LayerMut for Image {
         }
         let range = at.get()..at.get() + buf.len() as u64;
         let _flight = self.flights.hold(self.clusters(&range), Hold::Alone);
+        self.mark(&range)?;
         self.write_held(at, buf, below)
     }
 
@@ -523,6 +539,7 @@ impl LayerMut for Image {
             return Ok(());
         }
         let _flight = self.flights.hold(self.clusters(&range), Hold::Alone);
+        self.mark(&range)?;
         self.zero_held(range, how, below)
     }
 
@@ -533,6 +550,7 @@ impl LayerMut for Image {
             return Ok(());
         }
         let _flight = self.flights.hold(self.clusters(&range), Hold::Alone);
+        self.mark(&range)?;
         self.discard_held(range)
     }
 
@@ -568,8 +586,12 @@ impl LayerMut for Image {
         Some(self)
     }
 
+    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
+        Some(self)
+    }
+
     fn flush(&self) -> Result<()> {
-        self.change(Tables::flush)
+        self.with_bitmaps(|tables, bitmaps| bitmaps.flush(tables))
     }
 }
 
@@ -577,9 +599,13 @@ impl Drop for Image {
     fn drop(&mut self) {
         let mut state = self.lock();
         let sound = !state.incompatible.has(Incompatible::CORRUPT) && !state.tables.fence.is_adrift();
-        if sound && state.tables.is_dirty() {
-            // Whoever needs to know has flushed. What is written here spares a leak, no more.
-            let _ = state.tables.write_back(true);
+        let State { tables, bitmaps, .. } = &mut *state;
+        if sound && bitmaps.is_marked() {
+            // Whoever needs to know has flushed. What fails here leaves bitmaps that say so themselves.
+            let _ = bitmaps.flush(tables);
+        } else if sound && tables.is_dirty() {
+            // What is written here spares a leak, no more.
+            let _ = tables.write_back(true);
         }
     }
 }

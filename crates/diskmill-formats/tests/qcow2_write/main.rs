@@ -2,6 +2,7 @@
 
 mod amend;
 mod backing;
+mod bitmaps;
 mod compact;
 mod crash;
 mod hostile;

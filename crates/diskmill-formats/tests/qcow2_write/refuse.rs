@@ -166,38 +166,6 @@ fn images_that_cannot_be_kept_true_are_refused_by_name() {
     let scratch = Scratch::new();
     let path = scratch.join("image.qcow2");
 
-    oracle::create(&path, "qcow2", "", "1M");
-    oracle::qemu_img()
-        .words("bitmap --add")
-        .arg(&path)
-        .arg("weekly")
-        .ok();
-    let error = open_file(&path).expect_err("an enabled bitmap");
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert!(format!("{error:?}").contains("'weekly'"), "{error:?}");
-
-    // One that is off does not follow writes; only the size of the disk has to stay.
-    oracle::qemu_img()
-        .words("bitmap --disable")
-        .arg(&path)
-        .arg("weekly")
-        .ok();
-    let disks = images::memory(&[std::fs::read(&path).expect("read")]);
-    let layer = images::open(&disks).expect("a disabled bitmap");
-    layer
-        .write_at(at(0), &[1; 4096], &Default::default())
-        .expect("write");
-    let error = layer.resize(2 << 20, &Default::default()).expect_err("resize");
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    layer.flush().expect("flush");
-    drop(layer);
-    let path = scratch.file("after.qcow2", &images::bytes(&disks)[0]);
-    oracle::assert_clean(&path, "qcow2");
-    let info = oracle::info(&path, "qcow2", false);
-    let bitmap = &info["format-specific"]["data"]["bitmaps"][0];
-    assert_eq!(bitmap["name"], "weekly", "{info}");
-    assert_eq!(bitmap["flags"].as_array().map(Vec::len), Some(0), "{info}");
-
     for options in ["encrypt.format=aes", "encrypt.format=luks,encrypt.iter-time=10"] {
         oracle::qemu_img()
             .words("create -q -f qcow2 --object secret,id=s,data=abc -o")

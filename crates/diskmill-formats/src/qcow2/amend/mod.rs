@@ -45,7 +45,7 @@ impl Image {
         let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
         let header = self.look(|tables| read_header(tables.fence.file().as_ref()))?;
         let wish = Wish::new(options, &header)?;
-        self.change_all(|tables, snapshots| self.may_downgrade(tables, snapshots, &header, &wish))?;
+        self.change_all(|tables, snapshots, _| self.may_downgrade(tables, snapshots, &header, &wish))?;
         let work = Work {
             job,
             cluster: self.geometry.cluster_size(),
@@ -57,7 +57,7 @@ impl Image {
         if let Some(order) = wish.refcount_order {
             self.change_refcounts(order, &work)?;
         }
-        self.change_all(|tables, _| tables.rewrite_header(|header| wish.enter(header)))?;
+        self.change_all(|tables, _, _| tables.rewrite_header(|header| wish.enter(header)))?;
         if let Some(size) = wish.size {
             self.resize_held(size, below)?;
         }
@@ -80,7 +80,7 @@ impl Image {
         };
         let tables = match (header.version, wish.version) {
             (Version::V3, Version::V2) => {
-                self.change_all(|tables, snapshots| Ok(all_l2(tables, snapshots)?.len() as u64))?
+                self.change_all(|tables, snapshots, _| Ok(all_l2(tables, snapshots)?.len() as u64))?
             }
             _ => 0,
         };
@@ -93,7 +93,7 @@ impl Image {
 
     /// Makes a version 3 image of a version 2 one.
     fn upgrade(&self) -> Result<()> {
-        self.change_all(|tables, snapshots| {
+        self.change_all(|tables, snapshots, _| {
             tables.flush()?;
             // Version 3 insists on fields of snapshots that older programs left out.
             snapshots.complete(tables)?;
@@ -117,7 +117,7 @@ impl Image {
 
     /// Gives refcounts another width.
     fn change_refcounts(&self, order: RefcountOrder, work: &Work<'_>) -> Result<()> {
-        self.change_all(|tables, _| {
+        self.change_all(|tables, _, _| {
             tables.flush()?;
             let Tables { refcounts, fence, .. } = tables;
             refcounts.change_width(fence, order.get(), &mut || work.tick())?;
@@ -166,7 +166,8 @@ impl Image {
     /// Makes a version 2 image of a version 3 one.
     fn downgrade(&self, work: &Work<'_>) -> Result<()> {
         let backed = self.is_backed();
-        self.change_all(|tables, snapshots| {
+        self.with_bitmaps(|tables, bitmaps| bitmaps.remove_all(tables))?;
+        self.change_all(|tables, snapshots, _| {
             tables.flush()?;
             let all = all_l2(tables, snapshots)?;
             tables.expand_zeros(&all, backed, &mut || work.tick())?;

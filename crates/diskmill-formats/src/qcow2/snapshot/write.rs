@@ -11,6 +11,7 @@ use diskmill_core::{
     Chain, Error, ErrorKind, Format, HostOffset, NewSnapshot, Result, SnapshotFacts, Snapshots,
 };
 
+use super::super::bitmap::Store;
 use super::super::fence::Part;
 use super::super::flight::Hold;
 use super::super::layout::{L1_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX};
@@ -41,8 +42,6 @@ pub(crate) enum SnapshotWriteError {
         "machine state of {end} bytes behind the disk is too large for the l1 table, which may have 4194304 entries"
     )]
     MachineState { end: u64 },
-    #[error("applying a snapshot of another size to an image with dirty bitmaps is not supported")]
-    Bitmaps,
 }
 
 fn refuse(error: SnapshotWriteError) -> Error {
@@ -222,22 +221,38 @@ impl Image {
         tables.write_back(true)
     }
 
-    fn apply_snapshot(&self, tables: &mut Tables, table: &SnapshotTable, which: &str) -> Result<()> {
+    fn apply_snapshot(
+        &self,
+        tables: &mut Tables,
+        table: &SnapshotTable,
+        bitmaps: &mut Store,
+        which: &str,
+    ) -> Result<()> {
         let (_, snapshot) = find(&table.entries, which)?;
         let disk_size = snapshot.checked_size()?;
-        if disk_size != self.size.load(Ordering::Acquire) && self.has_bitmaps {
-            return Err(refuse(SnapshotWriteError::Bitmaps));
-        }
+        let old_size = self.size.load(Ordering::Acquire);
+        let resizes = disk_size != old_size && !bitmaps.is_empty();
         let needed = self.geometry.l1_entries(disk_size);
         let l1 = tables.read_l1(snapshot.l1_table_offset, snapshot.l1_size, needed)?;
-        tables.flush()?;
+        bitmaps.flush(tables)?;
         tables.raise_tree(&l1)?;
+        // All of the disk may become another.
+        bitmaps.mark(tables, &(0..old_size.max(disk_size)))?;
+        let resized = match resizes {
+            true => Some(bitmaps.prepare_resize(tables, disk_size)?),
+            false => None,
+        };
+        let place = resized.as_ref().map(|resized| resized.place);
         // If this fails the header may or may not have been switched: counts that are too high are safe with either.
-        let old = tables.switch_l1(l1, disk_size)?;
+        let old = tables.switch_l1(l1, disk_size, place)?;
         self.size.store(disk_size, Ordering::Release);
+        match resized {
+            Some(resized) => bitmaps.shown(tables, resized)?,
+            None => bitmaps.set_disk_size(disk_size),
+        }
         tables.drop_tree(&old)?;
         tables.refresh_copied()?;
-        tables.write_back(true)
+        bitmaps.flush(tables)
     }
 
     fn delete_snapshot(&self, tables: &mut Tables, table: &mut SnapshotTable, which: &str) -> Result<()> {
@@ -292,16 +307,16 @@ impl Snapshots for Image {
             return Err(refuse(SnapshotWriteError::Name(new.name.len())));
         }
         let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
-        self.change_all(|tables, table| self.create_snapshot(tables, table, new))
+        self.change_all(|tables, table, _| self.create_snapshot(tables, table, new))
     }
 
     fn apply(&self, which: &str) -> Result<()> {
         let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
-        self.change_all(|tables, table| self.apply_snapshot(tables, table, which))
+        self.change_all(|tables, table, bitmaps| self.apply_snapshot(tables, table, bitmaps, which))
     }
 
     fn delete(&self, which: &str) -> Result<()> {
         let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
-        self.change_all(|tables, table| self.delete_snapshot(tables, table, which))
+        self.change_all(|tables, table, _| self.delete_snapshot(tables, table, which))
     }
 }

@@ -2,15 +2,12 @@
 
 use diskmill_core::{Error, ErrorKind, GuestOffset, HostOffset, Result};
 
+use super::super::extension::BitmapsExtension;
 use super::super::fence::Part;
 use super::super::map::L1Entry;
 use super::super::slot::{Place, Slot};
 use super::super::snapshot::check_l1;
 use super::{Reclaim, Tables, past_end};
-
-/// Where the header keeps the disk's size (8 bytes), the encryption method (4), the L1 table's entries (4) and its
-/// offset (8): what changes together when another state becomes the active one lies in one sector.
-const HEADER_STATE_AT: usize = 24;
 
 /// What is wrong with an L1 table that is not the active one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -212,8 +209,14 @@ impl Tables {
     }
 
     /// Makes `l1` the active L1 table of a disk of `size` bytes and returns the old one, whose references are the
-    /// caller's to drop. All changes must have been written back.
-    pub(crate) fn switch_l1(&mut self, l1: Vec<L1Entry>, size: u64) -> Result<Vec<L1Entry>> {
+    /// caller's to drop. All changes must have been written back. With `bitmaps`, their directory is there from the same
+    /// moment on, or there are none.
+    pub(crate) fn switch_l1(
+        &mut self,
+        l1: Vec<L1Entry>,
+        size: u64,
+        bitmaps: Option<Option<BitmapsExtension>>,
+    ) -> Result<Vec<L1Entry>> {
         let cluster = self.geometry.cluster_size();
         let bits = self.geometry.cluster_bits().get();
         let l1: Vec<L1Entry> = l1
@@ -221,20 +224,16 @@ impl Tables {
             .map(|entry| L1Entry::new(entry.offset(), false))
             .collect();
         let at = self.write_new_l1(&l1)?;
-        self.write_back(true)?;
-        let mut state = [0; 24];
-        self.fence
-            .file()
-            .read_at(HostOffset::new(HEADER_STATE_AT as u64), &mut state)?;
-        let entries = u32::try_from(l1.len()).unwrap_or(u32::MAX);
-        for (to, from) in state.iter_mut().zip(size.to_be_bytes()) {
-            *to = from;
-        }
-        let pointer = entries.to_be_bytes().into_iter().chain(at.get().to_be_bytes());
-        for (to, from) in state.iter_mut().skip(12).zip(pointer) {
-            *to = from;
-        }
-        self.write_header(HEADER_STATE_AT, &state)?;
+        // Without bitmaps, what changes lies in one sector.
+        self.rewrite_header(|header| {
+            header.size = size;
+            header.l1_size = u32::try_from(l1.len()).unwrap_or(u32::MAX);
+            header.l1_table_offset = at;
+            if let Some(place) = bitmaps {
+                header.set_bitmaps(place);
+            }
+            Ok(())
+        })?;
 
         let old_at = std::mem::replace(&mut self.l1_at, at);
         let old = std::mem::replace(&mut self.l1, l1);

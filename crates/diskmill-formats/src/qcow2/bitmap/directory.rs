@@ -1,35 +1,26 @@
-//! The directory of persistent dirty bitmaps.
+//! The directory: bytes to bitmaps and back.
 
 #![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
-use diskmill_core::{BitmapFacts, Error, ErrorKind, Format, HostOffset, Limits, Result, Storage, Value};
-use zerocopy::FromBytes;
+use diskmill_core::{Error, ErrorKind, Format, HostOffset, Limits, Result, Storage};
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, IntoBytes};
 
-use super::header::Header;
-use super::layout::{BITMAP_BYTES_MAX, BITMAP_NAME_MAX, BITMAP_TABLE_ENTRIES_MAX, RawBitmap};
+use super::{Bitmap, Shape};
+use crate::qcow2::header::Header;
+use crate::qcow2::layout::{BITMAP_BYTES_MAX, BITMAP_NAME_MAX, BITMAP_TABLE_ENTRIES_MAX, RawBitmap};
 
-/// An entry of the bitmap directory.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Bitmap {
-    /// Where its table is; cluster aligned.
-    pub table_offset: HostOffset,
-    /// Entries of its table.
-    pub table_entries: u32,
-    /// Not closed properly: what it says is not to be trusted.
-    pub in_use: bool,
-    /// Writes are to be recorded in it.
-    pub auto: bool,
-    /// Base-2 logarithm of the bytes a bit stands for: 9 to 31.
-    pub granularity_bits: u8,
-    /// Its name.
-    pub name: String,
-}
+/// Flag: not closed properly.
+const IN_USE: u32 = 1;
+/// Flag: changes are recorded.
+const AUTO: u32 = 2;
+/// The type of a dirty bitmap.
+const DIRTY_TRACKING: u8 = 1;
 
 /// What is wrong with the bitmap directory.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum BitmapError {
+pub enum DirectoryError {
     /// The directory does not lie in the file.
     #[error("bitmap directory of {len} bytes at {at:#x} runs past the end of the file")]
     PastEnd {
@@ -86,8 +77,8 @@ pub enum BitmapError {
     },
 }
 
-impl From<BitmapError> for Error {
-    fn from(error: BitmapError) -> Self {
+impl From<DirectoryError> for Error {
+    fn from(error: DirectoryError) -> Self {
         Error::new(ErrorKind::Malformed, error).format(Format::Qcow2)
     }
 }
@@ -98,13 +89,13 @@ pub fn read_directory(main: &dyn Storage, header: &Header, limits: &Limits) -> R
         return Ok(Vec::new());
     };
     if place.nb_bitmaps > limits.bitmaps {
-        return Err(BitmapError::TooMany {
+        return Err(DirectoryError::TooMany {
             count: place.nb_bitmaps,
             limit: limits.bitmaps,
         }
         .into());
     }
-    let past_end = || BitmapError::PastEnd {
+    let past_end = || DirectoryError::PastEnd {
         at: place.directory_offset.get(),
         len: place.directory_size,
     };
@@ -121,14 +112,14 @@ pub fn read_directory(main: &dyn Storage, header: &Header, limits: &Limits) -> R
     let mut names = std::collections::HashSet::new();
     let mut bitmaps = Vec::new();
     let mut rest = directory.as_slice();
-    let wrong_count = || BitmapError::Count {
+    let wrong_count = || DirectoryError::Count {
         len: place.directory_size,
         count: place.nb_bitmaps,
     };
     for index in 0..place.nb_bitmaps {
         let (bitmap, after) = parse_entry(rest, header, index)?.ok_or_else(wrong_count)?;
         if !names.insert(bitmap.name.clone()) {
-            return Err(BitmapError::Name {
+            return Err(DirectoryError::Name {
                 index,
                 name: bitmap.name,
             }
@@ -148,21 +139,21 @@ fn parse_entry<'a>(
     bytes: &'a [u8],
     header: &Header,
     index: u32,
-) -> Result<Option<(Bitmap, &'a [u8])>, BitmapError> {
+) -> Result<Option<(Bitmap, &'a [u8])>, DirectoryError> {
     let Ok((raw, after)) = RawBitmap::read_from_prefix(bytes) else {
         return Ok(None);
     };
-    let range = |field, value: u64, allowed| BitmapError::Range {
+    let range = |field, value: u64, allowed| DirectoryError::Range {
         index,
         field,
         value,
         allowed,
     };
     let flags = raw.flags.get();
-    if flags & !3 != 0 {
+    if flags & !(IN_USE | AUTO) != 0 {
         return Err(range("flags", flags.into(), "at most 3"));
     }
-    if raw.kind != 1 {
+    if raw.kind != DIRTY_TRACKING {
         return Err(range("type", raw.kind.into(), "1"));
     }
     if !(9..=31).contains(&raw.granularity_bits) {
@@ -196,10 +187,15 @@ fn parse_entry<'a>(
             "a multiple of the cluster size above 0",
         ));
     }
-    let in_use = flags & 1 != 0;
-    let needed = table_entries_for(header, raw.granularity_bits);
+    let in_use = flags & IN_USE != 0;
+    let shape = Shape {
+        cluster_bits: header.cluster_bits.get(),
+        granularity_bits: raw.granularity_bits.into(),
+        disk_size: header.virtual_size(),
+    };
+    let needed = shape.entries();
     if !in_use && u64::from(table_entries) != needed {
-        return Err(BitmapError::TableSize {
+        return Err(DirectoryError::TableSize {
             index,
             entries: table_entries,
             needed,
@@ -217,44 +213,33 @@ fn parse_entry<'a>(
             table_offset,
             table_entries,
             in_use,
-            auto: flags & 2 != 0,
+            auto: flags & AUTO != 0,
             granularity_bits: raw.granularity_bits,
             name: String::from_utf8_lossy(name).into_owned(),
+            raw_name: name.to_vec(),
         },
         after,
     )))
 }
 
-/// Table entries of a bitmap of the whole disk: one for each cluster of bits.
-fn table_entries_for(header: &Header, granularity_bits: u8) -> u64 {
-    let granularity = 1_u64.checked_shl(granularity_bits.into()).unwrap_or(u64::MAX);
-    let bits = header.virtual_size().div_ceil(granularity);
-    header.cluster_bits.clusters(bits.div_ceil(8))
-}
-
-/// What is to be known of a bitmap before its bits are read.
-pub fn facts(bitmap: &Bitmap) -> BitmapFacts {
-    BitmapFacts {
-        name: bitmap.name.clone(),
-        granularity: 1_u64.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
-        enabled: bitmap.auto,
-        inconsistent: bitmap.in_use,
+/// The bytes of a directory of `bitmaps`. With `recording`, those that changes are recorded in are marked as in use.
+pub(super) fn to_bytes(bitmaps: &[Bitmap], recording: bool) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for bitmap in bitmaps {
+        let in_use = bitmap.in_use || recording && bitmap.records();
+        let flags = if in_use { IN_USE } else { 0 } | if bitmap.auto { AUTO } else { 0 };
+        let raw = RawBitmap {
+            table_offset: U64::new(bitmap.table_offset.get()),
+            table_size: U32::new(bitmap.table_entries),
+            flags: U32::new(flags),
+            kind: DIRTY_TRACKING,
+            granularity_bits: bitmap.granularity_bits,
+            name_len: U16::new(u16::try_from(bitmap.raw_name.len()).unwrap_or(u16::MAX)),
+            extra_len: U32::new(0),
+        };
+        bytes.extend_from_slice(raw.as_bytes());
+        bytes.extend_from_slice(&bitmap.raw_name);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
     }
-}
-
-/// What `info` shows of a bitmap.
-pub fn describe(bitmap: &Bitmap) -> Value {
-    let mut flags = Vec::new();
-    if bitmap.in_use {
-        flags.push(Value::Text("in-use".into()));
-    }
-    if bitmap.auto {
-        flags.push(Value::Text("auto".into()));
-    }
-    let granularity = 1_u64.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0);
-    Value::Map(vec![
-        ("flags", Value::List(flags)),
-        ("name", Value::Text(bitmap.name.clone())),
-        ("granularity", Value::Int(granularity)),
-    ])
+    bytes
 }
