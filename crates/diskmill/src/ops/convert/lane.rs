@@ -80,6 +80,8 @@ pub(super) struct Lane<'a> {
     pub(super) cut: Cut,
     /// What absent parts of a unit read as.
     pub(super) below: Option<&'a Chain>,
+    /// Steps that read the same here are left alone.
+    pub(super) unless: Option<&'a Chain>,
     /// Units are encoded, not only tested for zeros.
     pub(super) pack: bool,
     pub(super) pace: Option<RateLimit>,
@@ -111,6 +113,7 @@ impl<'a> Lane<'a> {
             sink,
             cut,
             below: None,
+            unless: None,
             pack: false,
             pace: None,
             job,

@@ -7,6 +7,7 @@
 mod existing;
 mod input;
 mod lane;
+mod leave;
 mod new;
 mod package;
 mod plan;
@@ -142,8 +143,6 @@ fn cut_whole(plan: &Plan, unit: u64) -> Cut {
     Cut {
         step: unit,
         chunk: CHUNK.next_multiple_of(unit),
-        top_only: false,
-        below_end: u64::MAX,
         shortest: 0,
         keep_zeros: plan.sparse == 0,
         offload: false,
@@ -151,10 +150,10 @@ fn cut_whole(plan: &Plan, unit: u64) -> Cut {
     }
 }
 
-/// Workers to start.
-fn workers(plan: &Plan) -> NonZeroUsize {
+/// Workers to start: as many as were asked for, or one for each core.
+pub(crate) fn workers(wanted: Option<NonZeroUsize>) -> NonZeroUsize {
     let cores = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-    plan.workers.unwrap_or(cores)
+    wanted.unwrap_or(cores)
 }
 
 fn summary(lane: &Lane<'_>, workers: usize) -> Summary {

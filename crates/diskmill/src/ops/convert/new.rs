@@ -8,6 +8,7 @@ use diskmill_core::{
 use diskmill_storage::RateLimit;
 
 use super::lane::{Feed, Lane, Stream};
+use super::leave::Leave;
 use super::sink::{Ordered, Sink};
 use super::source::{Cut, Scanner, Source};
 use super::{ConvertError, Input, NewImage, Plan, Summary, cut, cut_whole, summary, workers};
@@ -23,12 +24,13 @@ pub(super) fn takes_streams(image: &NewImage) -> bool {
 /// Fills a new image from `source`.
 pub(super) fn to_image(plan: &Plan, image: &NewImage, source: &Source, job: Job<'_>) -> Result<Summary> {
     let (start, below) = Start::image(plan, image, source.size())?;
-    let cut = Cut {
-        top_only: below.is_some(),
-        below_end: below.as_ref().map_or(u64::MAX, Chain::virtual_size),
-        ..cut_for(plan, &*start.builder)
+    let cut = cut_for(plan, &*start.builder);
+    let tops = below.as_ref().map(|below| (source.tops(), below.virtual_size()));
+    let (source, leave) = match &tops {
+        Some((tops, end)) => (tops, Leave::Absent { end: *end }),
+        None => (source, Leave::Nothing),
     };
-    let feed = Feed::Scan(Scanner::new(source, cut));
+    let feed = Feed::Scan(Scanner::new(source, cut, leave));
     start.run(
         plan,
         Reading {
@@ -56,7 +58,7 @@ pub(super) fn stream_to_image(
 pub(super) fn to_stdout(plan: &Plan, source: &Source, job: Job<'_>) -> Result<Summary> {
     let start = Start::stdout(plan, source.size())?;
     let cut = cut_for(plan, &*start.builder);
-    let feed = Feed::Scan(Scanner::new(source, cut));
+    let feed = Feed::Scan(Scanner::new(source, cut, Leave::Nothing));
     start.run(
         plan,
         Reading {
@@ -206,7 +208,7 @@ fn fill<'a>(plan: &Plan, builder: Box<dyn Builder>, reading: Reading<'a>, job: J
         feed,
         cut,
     } = reading;
-    let workers = workers(plan);
+    let workers = workers(plan.workers);
     let streamed = matches!(feed, Feed::Stream(_));
     let packs = builder.packs();
     let sink = Sink::New(Ordered::new(builder, workers.get()));

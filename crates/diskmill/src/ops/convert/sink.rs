@@ -165,11 +165,15 @@ impl Ordered {
 }
 
 /// An image that exists.
-pub(super) struct Existing<'a> {
-    pub(super) image: &'a dyn LayerMut,
-    pub(super) below: &'a Chain,
+pub(crate) struct Existing<'a> {
+    /// The image.
+    pub(crate) image: &'a dyn LayerMut,
+    /// What is below it.
+    pub(crate) below: &'a Chain,
+    /// What will be below it in the end: whole steps of zeros must hide this.
+    pub(crate) shown: &'a Chain,
     /// It reads as zeros: they need not be written.
-    pub(super) is_zero: bool,
+    pub(crate) is_zero: bool,
 }
 
 impl Existing<'_> {
@@ -183,7 +187,7 @@ impl Existing<'_> {
                 Placement::Run(_, Run::Absent) => {}
                 Placement::Run(_, Run::Zero) if self.is_zero => {}
                 Placement::Run(range, Run::Zero) => {
-                    self.image.zero(guest(range), ZeroHow::MayUnmap, self.below)?;
+                    self.image.zero(guest(range), ZeroHow::MayUnmap, self.shown)?;
                 }
                 Placement::Copy(piece) => {
                     let mut at = piece.range.start;

@@ -6,8 +6,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use diskmill_core::{
-    Chain, Error, ErrorKind, GuestOffset, HostRun, HostSpan, Layer, Result, Run, SECTOR, State,
+    Chain, Error, ErrorKind, GuestOffset, HostRun, HostSpan, Layer, Resolved, Result, Run, SECTOR, State,
 };
+
+use super::leave::Leave;
 
 /// Disks one behind the other. Each is as long as its size rounded up to a sector.
 #[derive(Debug)]
@@ -16,9 +18,11 @@ pub(crate) struct Source {
     size: u64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Part {
     range: Range<u64>,
+    /// The bytes of the chain that are there; what the range has beyond them is zeros.
+    bytes: Range<u64>,
     chain: Chain,
     /// What the layers are called.
     names: Vec<Arc<str>>,
@@ -54,10 +58,42 @@ impl Source {
                 .checked_next_multiple_of(SECTOR)
                 .and_then(|len| start.checked_add(len))
                 .ok_or_else(|| Error::new(ErrorKind::Usage, "the disks do not fit in 64 bits together"))?;
-            let range = start..end;
-            parts.push(Part { range, chain, names });
+            parts.push(Part {
+                range: start..end,
+                bytes: 0..chain.virtual_size(),
+                chain,
+                names,
+            });
         }
         Ok(Self { parts, size: end })
+    }
+
+    /// The same disks without what they are backed by.
+    pub(crate) fn tops(&self) -> Self {
+        let top = |part: &Part| Part {
+            chain: Chain::new(part.chain.layers().iter().take(1).cloned().collect()),
+            ..part.clone()
+        };
+        Self {
+            parts: self.parts.iter().map(top).collect(),
+            size: self.size,
+        }
+    }
+
+    /// `extract` of the first disk, as a disk.
+    pub(crate) fn extract(mut self, extract: Extract) -> Result<Self> {
+        self.parts.truncate(1);
+        self.size = extract
+            .size
+            .checked_next_multiple_of(SECTOR)
+            .ok_or_else(|| Error::new(ErrorKind::Usage, "the size does not fit in 64 bits"))?;
+        if let Some(part) = self.parts.first_mut() {
+            let end = part.chain.virtual_size();
+            let start = extract.skip.min(end);
+            part.bytes = start..start.saturating_add(extract.len.min(extract.size)).min(end);
+            part.range = 0..self.size;
+        }
+        Ok(self)
     }
 
     /// Bytes of all disks.
@@ -80,10 +116,10 @@ impl Source {
 
     /// Fills `buf` from `at`, which lies in one run of `part` and `depth`.
     pub(crate) fn read(&self, part: usize, depth: usize, at: u64, buf: &mut [u8]) -> Result<()> {
-        let start = self.parts.get(part).map_or(0, |part| part.range.start);
+        let own = self.parts.get(part).map_or(at, |part| part.own(at));
         self.layer(part, depth)?
-            .read_at(GuestOffset::new(at - start), buf)
-            .map_err(|error| self.unreadable(error, part, depth, at - start))
+            .read_at(GuestOffset::new(own), buf)
+            .map_err(|error| self.unreadable(error, part, depth, own))
     }
 
     /// An error of reading a layer, which knows its format but not its name.
@@ -94,6 +130,25 @@ impl Source {
             None => error,
         }
     }
+}
+
+impl Part {
+    /// The byte of the chain that byte `at` of the source is.
+    fn own(&self, at: u64) -> u64 {
+        at.saturating_sub(self.range.start)
+            .saturating_add(self.bytes.start)
+    }
+}
+
+/// A part of a disk that is to be copied as a disk of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extract {
+    /// Bytes to leave out at the start.
+    pub skip: u64,
+    /// Bytes to copy at most.
+    pub len: u64,
+    /// Bytes of the new disk; what is not copied is zeros.
+    pub size: u64,
 }
 
 /// A run of the source with one origin.
@@ -143,10 +198,6 @@ pub(crate) struct Cut {
     pub(crate) step: u64,
     /// Data bytes of a chunk at most: a multiple of `step`.
     pub(crate) chunk: u64,
-    /// Only the top layer of each chain counts; what it does not have is absent.
-    pub(crate) top_only: bool,
-    /// From here on the target's backing image ends, and absent reads as zeros.
-    pub(crate) below_end: u64,
     /// Zeros among data that are fewer bytes than this are data like any other.
     pub(crate) shortest: u64,
     /// Runs of zeros are data like any other.
@@ -168,6 +219,7 @@ const COPY: u64 = 16 << 20;
 pub(crate) struct Scanner<'a> {
     source: &'a Source,
     cut: Cut,
+    leave: Leave<'a>,
     at: u64,
     turn: u64,
     /// The run that was found last and is not used up.
@@ -177,10 +229,12 @@ pub(crate) struct Scanner<'a> {
 }
 
 impl<'a> Scanner<'a> {
-    pub(crate) fn new(source: &'a Source, cut: Cut) -> Self {
+    /// Cuts `source` as `cut` says. What `leave` says is [`Origin::Absent`].
+    pub(crate) fn new(source: &'a Source, cut: Cut, leave: Leave<'a>) -> Self {
         Self {
             source,
             cut,
+            leave,
             at: 0,
             turn: 0,
             found: None,
@@ -347,17 +401,16 @@ impl<'a> Scanner<'a> {
             .parts
             .get(index)
             .ok_or_else(|| Error::bare(ErrorKind::Usage))?;
-        let local = GuestOffset::new(at - part.range.start);
-        let size = part.chain.virtual_size();
+        let local = GuestOffset::new(part.own(at));
         let rest = part.range.end - at;
-        if local.get() >= size {
+        if local.get() >= part.bytes.end {
             return Ok(Piece {
                 range: at..part.range.end,
                 origin: Origin::Zero,
             });
         }
-        let (len, state, depth) = match self.map(&part.chain, local, rest) {
-            Ok(known) => known,
+        let run = match part.chain.map(local, rest.min(part.bytes.end - local.get())) {
+            Ok(run) => run,
             Err(_) if self.cut.salvage => {
                 let origin = Origin::Layer {
                     part: index,
@@ -369,9 +422,16 @@ impl<'a> Scanner<'a> {
             }
             Err(error) => return Err(self.source.unreadable(error, index, 0, local.get())),
         };
+        let Resolved { state, depth, .. } = run;
+        let (len, left) = self.leave.is_left(local, run)?;
         let mut end = at + len;
+        if left {
+            return Ok(Piece {
+                range: at..end,
+                origin: Origin::Absent,
+            });
+        }
         let mut origin = match state {
-            State::Absent if self.cut.top_only => Origin::Absent,
             State::Absent | State::Zero { .. } => Origin::Zero,
             State::Data(span) => Origin::Layer {
                 part: index,
@@ -398,25 +458,8 @@ impl<'a> Scanner<'a> {
                 _ => {}
             }
         }
-        if origin == Origin::Zero && self.cut.top_only {
-            if at >= self.cut.below_end {
-                origin = Origin::Absent;
-            } else {
-                end = end.min(self.cut.below_end);
-            }
-        }
         let range = at..end;
         Ok(Piece { range, origin })
-    }
-
-    fn map(&self, chain: &Chain, at: GuestOffset, max: u64) -> Result<(u64, State, usize)> {
-        let max = max.min(chain.virtual_size().saturating_sub(at.get()));
-        if let (true, Some(top)) = (self.cut.top_only, chain.layers().first()) {
-            let extent = top.map(at, max)?;
-            return Ok((extent.len.clamp(1, max), extent.state, 0));
-        }
-        let run = chain.map(at, max)?;
-        Ok((run.len, run.state, run.depth))
     }
 }
 

@@ -15,6 +15,7 @@ use diskmill_testkit::sparse_random::SparseRandom;
 use diskmill_testkit::{Scratch, oracle};
 
 use super::lane::Feed;
+use super::leave::Leave;
 use super::new::{Reading, Start};
 use super::source::{Scanner, Source};
 use super::{Input, NewImage, Output, Plan, Summary, cut, input, new};
@@ -108,7 +109,7 @@ fn a_pipe_gets_every_byte_in_order() {
         let reading = Reading {
             source: &source,
             below: None,
-            feed: Feed::Scan(Scanner::new(&source, cut)),
+            feed: Feed::Scan(Scanner::new(&source, cut, Leave::Nothing)),
             cut,
         };
         start.run(&plan, reading, Job::silent()).unwrap();
@@ -142,7 +143,7 @@ fn through(
     let reading = Reading {
         source: &source,
         below: None,
-        feed: Feed::Scan(Scanner::new(&source, cut)),
+        feed: Feed::Scan(Scanner::new(&source, cut, Leave::Nothing)),
         cut,
     };
     let target = Target::pipe(PipeOut::new(std::io::sink()));
@@ -175,7 +176,7 @@ fn chunks_tile_the_disk_in_steps() {
     let source = raw(memory(&bytes)).unwrap();
     for unit in [512, 4096, 65_536, 2 << 20] {
         let cut = cut(&plan(1), unit);
-        let mut scanner = Scanner::new(&source, cut);
+        let mut scanner = Scanner::new(&source, cut, Leave::Nothing);
         let mut chunk = super::source::Chunk::default();
         let (mut at, mut turn) = (0, 0);
         while scanner.next(&mut chunk).unwrap() {

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use diskmill_core::{
-    EncodedKind, Encoder, Error, ErrorKind, GuestOffset, HostSpan, Result, Run, StorageMut, Stored,
+    Chain, EncodedKind, Encoder, Error, ErrorKind, GuestOffset, HostSpan, Result, Run, StorageMut, Stored,
 };
 
 use diskmill_storage::{AlignedBuf, copy_range};
@@ -97,6 +97,7 @@ pub(super) struct Worker<'l, 'a> {
     scratch: Vec<Vec<u8>>,
     placements: Vec<Placement>,
     late: Late,
+    other: Other,
 }
 
 impl<'l, 'a> Worker<'l, 'a> {
@@ -113,6 +114,7 @@ impl<'l, 'a> Worker<'l, 'a> {
             scratch: Vec::new(),
             placements: Vec::new(),
             late: Late::default(),
+            other: Other::default(),
         })
     }
 
@@ -197,7 +199,11 @@ impl<'l, 'a> Worker<'l, 'a> {
                     .bytes()
                     .get(from..from.saturating_add(to_usize(step)))
                     .ok_or_else(out_of_buffer)?;
-                if !self.lane.cut.keep_zeros && is_zero(bytes) {
+                let same = match self.lane.unless {
+                    Some(chain) => self.other.is_same(chain, at, bytes, end - at)?,
+                    None => false,
+                };
+                if !same && !self.lane.cut.keep_zeros && is_zero(bytes) {
                     zeros_from.get_or_insert(at);
                     at = end;
                     continue;
@@ -209,7 +215,9 @@ impl<'l, 'a> Worker<'l, 'a> {
                     Some(start) => push_run(&mut self.placements, start..at, Run::Zero),
                     None => {}
                 }
-                if let Some(encoder) = &mut self.encoder {
+                if same {
+                    push_run(&mut self.placements, at..end, Run::Absent);
+                } else if let Some(encoder) = &mut self.encoder {
                     if self.scratch.len() == packed {
                         self.scratch.push(Vec::new());
                     }
@@ -331,6 +339,21 @@ impl Buffer {
             .as_ref()
             .and_then(|memory| memory.get(..self.len))
             .unwrap_or_default()
+    }
+}
+
+/// Reads what other bytes are compared with.
+#[derive(Debug, Default)]
+struct Other {
+    buffer: Buffer,
+}
+
+impl Other {
+    /// Whether the first `len` of `bytes` are what `chain` has at `at`.
+    fn is_same(&mut self, chain: &Chain, at: u64, bytes: &[u8], len: u64) -> Result<bool> {
+        let buf = self.buffer.sized(to_usize(len));
+        chain.read_at(GuestOffset::new(at), buf)?;
+        Ok(bytes.get(..buf.len()) == Some(&*buf))
     }
 }
 
