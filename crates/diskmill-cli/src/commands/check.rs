@@ -2,11 +2,11 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 
 use clap::Args;
-use diskmill::ops::check::{CheckUnsupported, Checked, run};
-use diskmill_core::{CheckReport, FindingKind};
+use diskmill::ops::check::{CheckUnsupported, Checked, repair, run};
+use diskmill_core::{CheckReport, FindingKind, Repair};
 
 use super::{LookArgs, Run, package};
-use crate::error::Failure;
+use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
 use crate::progress::{Progress, Style};
@@ -25,7 +25,7 @@ pub struct CheckArgs {
     /// Cache mode of the image (default: writeback)
     #[arg(short = 'T', long, value_name = "self.cache.as_deref()_MODE")]
     cache: Option<String>,
-    /// Put right what is found: leaks or all (not supported yet)
+    /// Put right what is found: only space that leaks (leaks), or everything (all)
     #[arg(short, long, value_name = "leaks|all")]
     repair: Option<String>,
     #[command(flatten)]
@@ -40,15 +40,16 @@ impl Run for CheckArgs {
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
         let json = self.look.wants_json()?;
-        match self.repair.as_deref() {
-            None => {}
-            Some("leaks" | "all") => return Err(Failure::refused("repairing images is not supported yet")),
+        let what = match self.repair.as_deref() {
+            None => None,
+            Some("leaks") => Some(Repair::Leaks),
+            Some("all") => Some(Repair::All),
             Some(other) => {
                 return Err(Failure::usage_help(format!(
                     "--repair (-r) expects 'leaks' or 'all' not '{other}'"
                 )));
             }
-        }
+        };
         let [name] = self.names.as_slice() else {
             return Err(Failure::usage_help("Expecting one image file name"));
         };
@@ -59,12 +60,19 @@ impl Run for CheckArgs {
             return package::check(&package, name, json, self.quiet, ui);
         }
         let progress = Progress::begin(ui, Style::None)?;
-        let checked = run(&request, progress.job());
+        let checked = match what {
+            None => run(&request, progress.job()),
+            Some(what) => repair(&request, what, progress.job()),
+        };
         progress.signals().die_if_cancelled(&checked);
         let checked = match checked {
             Ok(checked) => checked,
             Err(error) if error.find::<CheckUnsupported>().is_some() => {
                 return Err(unsupported(ui, error));
+            }
+            // Opening is over by then: it is the work on the tables that failed.
+            Err(error) if error.context().op == Some("repair") => {
+                return Err(Failure::library(error, Frame::Text("Check failed".to_owned())));
             }
             Err(error) => return Err(Failure::open(name, error)),
         };
@@ -72,7 +80,7 @@ impl Run for CheckArgs {
         if json {
             ui.print(to_json(&checked).pretty())?;
         } else if !self.quiet {
-            ui.print(to_text(&checked.report))?;
+            ui.print(fixed_text(&checked.report, ui) + &to_text(&checked.report))?;
         }
         Ok(exit(&checked.report))
     }
@@ -89,9 +97,10 @@ fn unsupported(ui: &Ui, error: diskmill_core::Error) -> Failure {
 
 fn exit(report: &CheckReport) -> Exit {
     match report {
+        // What could not be looked at may be worse than what was found.
+        report if report.check_errors > 0 => Exit::FAILED,
         report if report.corruptions > 0 => Exit::CHECK_CORRUPT,
         report if report.leaks > 0 => Exit::CHECK_LEAKS,
-        report if report.check_errors > 0 => Exit::FAILED,
         _ => Exit::OK,
     }
 }
@@ -101,6 +110,7 @@ fn findings(report: &CheckReport, ui: &Ui) -> String {
     let mut out = String::new();
     for finding in &report.findings {
         let word = match finding.kind {
+            _ if finding.fixed => "Repairing",
             FindingKind::Corruption | FindingKind::Error => "ERROR",
             FindingKind::Leak => "Leaked",
             _ => "Note:",
@@ -109,6 +119,19 @@ fn findings(report: &CheckReport, ui: &Ui) -> String {
         let _ = writeln!(out, "{word} {}", ui.name(&finding.text));
     }
     out
+}
+
+/// What a repair did.
+fn fixed_text(report: &CheckReport, ui: &Ui) -> String {
+    let (leaks, corruptions) = (report.leaks_fixed, report.corruptions_fixed);
+    match (leaks, corruptions) {
+        (0, 0) => String::new(),
+        _ if ui.drop_in() => format!(
+            "The following inconsistencies were found and repaired:\n\n    {leaks} leaked clusters\n    \
+             {corruptions} corruptions\n\nDouble checking the fixed image now...\n"
+        ),
+        _ => format!("Repaired: {corruptions} errors, {leaks} leaked clusters. Checked again after that:\n"),
+    }
 }
 
 fn to_text(report: &CheckReport) -> String {

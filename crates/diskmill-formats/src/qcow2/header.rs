@@ -17,7 +17,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::extension::{self, BitmapsExtension, EncryptionExtension, Extension, FeatureKind};
 use super::layout::{
     BACKING_NAME_MAX, COMPRESSION_TYPE_AT, L1_BYTES_MAX, MAGIC, REFCOUNT_TABLE_BYTES_MAX, RawHeaderV2,
-    RawHeaderV3, SNAPSHOTS_MAX, V2_HEADER_LEN, V3_HEADER_LEN, V3_HEADER_MIN,
+    RawHeaderV3, V2_HEADER_LEN, V3_HEADER_LEN, V3_HEADER_MIN,
 };
 use super::map::Geometry;
 
@@ -42,7 +42,7 @@ pub struct Header {
     pub refcount_table_offset: HostOffset,
     /// Clusters of the refcount table: at most 8 MiB of them. 0 only in an image that needs repair.
     pub refcount_table_clusters: u32,
-    /// Snapshots in the image: at most 65536.
+    /// Snapshots in the image: at most 65536. More only in an image that needs repair.
     pub nb_snapshots: u32,
     /// Where the snapshot table is; cluster aligned. Means nothing without snapshots.
     pub snapshots_offset: HostOffset,
@@ -353,13 +353,6 @@ impl Header {
             });
         }
         self.nb_snapshots = raw.nb_snapshots.get();
-        if self.nb_snapshots > SNAPSHOTS_MAX {
-            return Err(HeaderError::Range {
-                field: "nb_snapshots",
-                value: self.nb_snapshots.into(),
-                allowed: "0 to 65536",
-            });
-        }
         // Without snapshots the offset means nothing, but QEMU minds it all the same.
         self.snapshots_offset = cluster_bits.aligned("snapshots_offset", raw.snapshots_offset.get())?;
         if self.nb_snapshots != 0 && self.snapshots_offset == HostOffset::ZERO {

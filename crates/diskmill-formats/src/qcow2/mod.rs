@@ -124,6 +124,14 @@ impl Qcow2Image {
             }
             .into());
         }
+        if header.nb_snapshots > layout::SNAPSHOTS_MAX && !how.for_check {
+            return Err(HeaderError::Range {
+                field: "nb_snapshots",
+                value: header.nb_snapshots.into(),
+                allowed: "0 to 65536",
+            }
+            .into());
+        }
         let mut on_problem = |problem: snapshot::SnapshotError| match how.for_check {
             true => Ok(()),
             false => Err(problem.into()),
@@ -214,12 +222,12 @@ impl Parsed for Qcow2Image {
 
     fn repair(
         self: Box<Self>,
-        _files: FilesMut,
-        _how: &OpenSpec,
-        _what: Repair,
-        _job: Job<'_>,
+        files: FilesMut,
+        how: &OpenSpec,
+        what: Repair,
+        job: Job<'_>,
     ) -> Result<CheckReport> {
-        Err(unsupported("repairing qcow2 images"))
+        check::repair::run(&self.header, &files, how, what, job)
     }
 
     fn compact(

@@ -21,8 +21,7 @@ use std::ops::Range;
 use diskmill_core::{Error, ErrorKind, HostOffset, Result};
 
 use super::fence::{Fence, Part};
-pub(crate) use count::get_count;
-use count::set_count;
+pub(crate) use count::{get_count, set_count};
 pub use width::TooNarrow;
 
 /// The largest refcount table QEMU opens, in bytes.

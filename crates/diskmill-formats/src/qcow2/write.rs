@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
     BackingName, BitmapFacts, Bitmaps, Chain, DirtyRuns, Encoder, Error, ErrorKind, Extent, Facts, FileIndex,
-    Files, FilesMut, Format, GuestOffset, HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Options,
+    FilesMut, Format, GuestOffset, HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Options, Repair,
     Reserve, Result, SnapshotFacts, Snapshots, State as RunState, Storage, StorageMut, Stored, ZeroHow,
 };
 
@@ -36,7 +36,7 @@ pub(crate) enum WriteError {
     Corrupt,
     #[error("an earlier change of the header or the refcount table failed; the image must be opened again")]
     Adrift,
-    #[error("the image was not closed properly; it cannot be written before it is repaired")]
+    #[error("the image was not closed properly, and it cannot be repaired")]
     Dirty,
     #[error("the refcount table has no clusters; the image cannot be written before it is repaired")]
     NoRefcounts,
@@ -87,23 +87,24 @@ pub(crate) struct Image {
 impl Image {
     /// Opens the image with header `header`.
     ///
-    /// Bits for readers that do not know them are cleared at once. The dirty bit is never set: with lazy refcounts the
+    /// An image that was not closed properly is repaired first. Bits for readers that do not know them are cleared at
+    /// once. The dirty bit is never set: with lazy refcounts the
     /// order of writes is kept all the same, so that there is nothing to repair after a power cut.
     pub(crate) fn open(header: &Header, facts: Facts, files: FilesMut, how: &OpenSpec) -> Result<Self> {
         if header.incompatible.has(Incompatible::CORRUPT) {
             return Err(refuse(ErrorKind::Corrupt, WriteError::Corrupt));
         }
-        let dirty = header.incompatible.has(Incompatible::DIRTY);
-        if dirty {
-            // Whoever wrote it last put refcounts off. If that did no harm they can be trusted again.
-            let files: Files = files
-                .iter()
-                .map(|(role, file)| (*role, Arc::clone(file) as Arc<dyn Storage>))
-                .collect();
-            let report = super::check::run(header, &files, how, Job::silent())?;
-            if report.check_errors + report.corruptions + report.leaks > 0 {
-                return Err(refuse(ErrorKind::Unsupported, WriteError::Dirty));
+        if header.incompatible.has(Incompatible::DIRTY) {
+            // Whoever wrote it last put refcounts off.
+            let report = super::check::repair::run(header, &files, how, Repair::All, Job::silent())?;
+            if report.check_errors + report.corruptions > 0 {
+                return Err(refuse(ErrorKind::Corrupt, WriteError::Dirty));
             }
+            let main = files
+                .first()
+                .ok_or_else(|| Error::new(ErrorKind::Usage, "an image needs a file"))?;
+            let repaired = super::read_header(main.1.as_ref())?;
+            return Self::open(&repaired, facts, files, how);
         }
         if header.refcount_table_clusters == 0 {
             return Err(refuse(ErrorKind::Corrupt, WriteError::NoRefcounts));
@@ -137,10 +138,7 @@ impl Image {
         if known != header.autoclear.bits() {
             tables.write_header(HEADER_AUTOCLEAR_AT, &known.to_be_bytes())?;
         }
-        let incompatible = header.incompatible.with(Incompatible::DIRTY, false);
-        if dirty {
-            tables.write_header(HEADER_INCOMPATIBLE_AT, &incompatible.bits().to_be_bytes())?;
-        }
+        let incompatible = header.incompatible;
         Ok(Self {
             facts,
             geometry,

@@ -1,6 +1,6 @@
 //! Whether an image is consistent.
 
-use diskmill_core::{Access, CheckReport, Error, ErrorKind, Format, Job, Result};
+use diskmill_core::{Access, CheckReport, Error, ErrorKind, Format, Job, Repair, Result};
 
 use crate::open::{OpenRequest, Opener};
 
@@ -14,6 +14,33 @@ pub struct Checked {
     pub format: Format,
     /// What was found.
     pub report: CheckReport,
+}
+
+/// Puts right what a check finds: space that leaks, or everything. The report says what was done and what is left.
+///
+/// Fails as [`run`] does, and if the image cannot be repaired that way, of which nothing comes to harm: a repair that is
+/// stopped at any point can be repeated.
+pub fn repair(request: &OpenRequest, what: Repair, job: Job<'_>) -> Result<Checked> {
+    job.check()?;
+    let mut opener = Opener::new(request);
+    let image = opener.understand_top(Access::Write, true)?;
+    let format = image.driver.format();
+    let path = image.file.path().to_owned();
+    let data = opener.data_files(&image, Access::Write)?;
+    let files = opener.hosts(&image, &data);
+    opener.demand_backing(&image)?;
+    if format == Format::Raw {
+        return Err(Error::new(ErrorKind::Unsupported, CheckUnsupported(format)).path(path));
+    }
+    let report = image
+        .parsed
+        .repair(files, &image.how, what, job)
+        .map_err(|error| error.op("repair").path(path))?;
+    Ok(Checked {
+        filename: request.spec.text.to_string_lossy().into_owned(),
+        format,
+        report,
+    })
 }
 
 /// Checks an image; nothing is changed. What it is backed by must open, as in `qemu-img`, and is not checked.

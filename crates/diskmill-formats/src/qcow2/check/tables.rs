@@ -1,425 +1,327 @@
-//! L1 and L2 tables: what they refer to, and what is wrong with their entries.
+//! L2 tables: what they refer to, and what is wrong with their entries.
 
-use diskmill_core::{FindingKind, GuestOffset, HostOffset, Result};
+use diskmill_core::{GuestOffset, HostOffset, Result};
 
 use super::super::header::Version;
-use super::super::layout::ZERO_FLAG;
-use super::super::map::{ClusterKind, L1Entry, L2Entry, Subclusters};
+use super::super::layout::{COPIED, OFFSET_MASK, ZERO_FLAG};
+use super::super::map::{ClusterKind, L2Entry, Subclusters};
 use super::super::run::split_entry;
-use super::Check;
-use super::refcounts::Disk;
+use super::crew;
+use super::ground::Ground;
+use super::notes::Notes;
+use super::refs::References;
+use super::repair::view::View;
+use super::survey::TableUse;
 
-/// Bytes of an L1 table read at once.
-const L1_PIECE: u64 = 64 << 10;
+/// What one worker saw in L2 tables.
+#[derive(Debug, Default)]
+pub(super) struct Walked {
+    pub(super) notes: Notes,
+    /// Tables with entries that cannot be.
+    pub(super) faulty: Vec<u64>,
+    /// Whether an entry of the active state is not flagged as referred to once.
+    pub(super) uncopied: bool,
+}
 
-/// How often an L2 table is referred to.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct TableUse {
-    /// The first L1 entry that refers to it; of the active table, if one does.
+/// Counts the references of L2 tables.
+pub(super) fn walk(
+    ground: &Ground<'_>,
+    view: &View<'_>,
+    references: &References,
+    tables: &[(HostOffset, TableUse)],
+) -> Result<Vec<Walked>> {
+    crew::each(tables, ground.job, |index, (at, user), walked: &mut Walked| {
+        walked.notes.item = index as u64;
+        with_table(ground, view, &mut walked.notes, *at, |notes, bytes| {
+            let mut walk = Walk {
+                ground,
+                references,
+                notes,
+                table: *at,
+                user: *user,
+                expected: None,
+                run: Run::default(),
+                uncopied: false,
+            };
+            let before = walk.notes.counters.corruptions;
+            walk.table(bytes);
+            walked.uncopied |= walk.uncopied && user.active > 0;
+            if walk.notes.counters.corruptions > before {
+                walked.faulty.push(at.get());
+            }
+        });
+        if user.active > 0 {
+            ground.job.observer.advance(ground.geometry.l1_entry_covers());
+        }
+        Ok(())
+    })
+}
+
+/// Reads an L2 table and hands it over as `view` shows it, if there is anything to see in it.
+pub(super) fn with_table(
+    ground: &Ground<'_>,
+    view: &View<'_>,
+    notes: &mut Notes,
+    at: HostOffset,
+    then: impl FnOnce(&mut Notes, &[u8]),
+) {
+    thread_local! {
+        /// A table is up to 2 MiB: too much to ask for each time.
+        static TABLE: std::cell::Cell<Vec<u8>> = const { std::cell::Cell::new(Vec::new()) };
+    }
+    let mut table = TABLE.take();
+    table.resize(ground.header.cluster_bits.cluster_len(), 0);
+    if !ground.is_hole(at, table.len() as u64) && ground.read(notes, "l2 table", at, &mut table) {
+        view.table(ground, at, &mut table);
+        then(notes, &table);
+    }
+    TABLE.set(table);
+}
+
+/// The entries of an L2 table with the guest bytes they are for.
+pub(super) fn entries<'a>(
+    ground: &'a Ground<'_>,
+    table: HostOffset,
     l1_index: u64,
-    /// By entries of the active L1 table.
-    active: u64,
-    /// By entries of any L1 table.
-    total: u64,
+    bytes: &'a [u8],
+) -> impl Iterator<Item = (Place, L2Entry, Subclusters)> + 'a {
+    let start = ground.geometry.l1_start(l1_index);
+    let bits = ground.bits();
+    bytes
+        .chunks_exact(ground.geometry.entry_len())
+        .enumerate()
+        .map(move |(index, words)| {
+            let (entry, subclusters) = split_words(words);
+            let place = Place {
+                table,
+                index,
+                guest: start.saturating_add((index as u64) << bits),
+            };
+            (place, entry, subclusters)
+        })
 }
 
 /// Clusters that follow one another in the file, to be counted at once.
 #[derive(Default)]
-struct Neighbours {
+struct Run {
     start: u64,
     end: u64,
 }
 
-impl Check<'_> {
-    /// Counts the references of the active L1 table.
-    pub(super) fn active_tables(&mut self) -> Result<()> {
-        let at = self.header.l1_table_offset;
-        self.l1_table("active l1 table", at, self.header.l1_size, 1, true)
-    }
+struct Walk<'a> {
+    ground: &'a Ground<'a>,
+    references: &'a References,
+    notes: &'a mut Notes,
+    table: HostOffset,
+    user: TableUse,
+    /// Where the next cluster is if it is not fragmented.
+    expected: Option<HostOffset>,
+    run: Run,
+    uncopied: bool,
+}
 
-    /// Counts the references of an L1 table that `weight` things refer to.
-    pub(super) fn l1_table(
-        &mut self,
-        what: &str,
-        at: HostOffset,
-        entries: u32,
-        weight: u64,
-        active: bool,
-    ) -> Result<()> {
-        let len = u64::from(entries).saturating_mul(8);
-        if !self.refer(what, at, len, weight, None) {
-            return Ok(());
-        }
-        if len > self.l1_budget {
-            self.find(FindingKind::Error, 1, Some(at), None, || {
-                "the l1 tables of all snapshots together are too large to be read".to_owned()
-            });
-            return Ok(());
-        }
-        self.l1_budget = self.l1_budget.saturating_sub(len);
-        let mut piece = Vec::new();
-        let mut done = 0;
-        while done < len {
-            let piece_at = at.saturating_add(done);
-            let piece_len = len.saturating_sub(done).min(L1_PIECE);
-            if !self.is_hole(piece_at, piece_len) {
-                piece.resize(usize::try_from(piece_len).unwrap_or(0), 0);
-                if !self.read(what, piece_at, &mut piece) {
-                    return Ok(());
+impl Walk<'_> {
+    fn table(&mut self, bytes: &[u8]) {
+        let plain = !self.ground.geometry.extended_l2() && !self.ground.geometry.data_file();
+        let step = self.ground.geometry.entry_len();
+        let start = self.ground.geometry.l1_start(self.user.l1_index);
+        let mut rest = bytes;
+        let mut index = 0_usize;
+        while !rest.is_empty() {
+            let taken = if plain { self.neighbours(rest) } else { 0 };
+            if taken == 0 {
+                let (entry, subclusters) = split_words(rest.get(..step).unwrap_or(rest));
+                if entry.0 != 0 || subclusters.0 != 0 {
+                    let place = Place {
+                        table: self.table,
+                        index,
+                        guest: start.saturating_add((index as u64) << self.ground.bits()),
+                    };
+                    self.entry(place, entry, subclusters);
                 }
-                self.l1_entries(what, piece_at, &piece, done / 8, weight, active);
             }
-            done = done.saturating_add(piece_len);
+            let taken = taken.max(1);
+            index = index.saturating_add(taken);
+            rest = rest.get(taken.saturating_mul(step)..).unwrap_or_default();
         }
-        Ok(())
+        self.flush();
     }
 
-    fn l1_entries(
-        &mut self,
-        what: &str,
-        at: HostOffset,
-        bytes: &[u8],
-        first: u64,
-        weight: u64,
-        active: bool,
-    ) {
-        for (index, entry) in bytes.as_chunks::<8>().0.iter().enumerate() {
-            let entry = L1Entry(u64::from_be_bytes(*entry));
-            if entry.0 == 0 {
-                continue;
-            }
-            let l1_index = first.saturating_add(index as u64);
-            let entry_at = at.saturating_add((index as u64).saturating_mul(8));
-            if entry.reserved() != 0 {
-                self.corruption(weight, entry_at, None, || {
-                    format!(
-                        "{what}: entry {l1_index} is {:#018x}, reserved bits are set",
-                        entry.0
-                    )
-                });
-            }
-            let table = entry.offset();
-            if table == HostOffset::ZERO {
-                continue;
-            }
-            if !self.refer("l2 table", table, self.cluster_size, weight, None) {
-                continue;
-            }
-            if !table.is_aligned(self.cluster_size) {
-                self.corruption(weight, entry_at, None, || {
-                    format!("{what}: entry {l1_index} refers to an l2 table at {table:#x}, must start on a cluster")
-                });
-            }
-            let user = self.tables.entry(table.get()).or_insert(TableUse {
-                l1_index,
-                active: 0,
-                total: 0,
-            });
-            user.total = user.total.saturating_add(weight);
-            if active {
-                user.active = user.active.saturating_add(weight);
-            }
+    /// Counts plain entries that follow one another in the file, and returns how many there are.
+    fn neighbours(&mut self, bytes: &[u8]) -> usize {
+        let words = bytes.as_chunks::<8>().0;
+        let Some(first) = words.first().map(|word| u64::from_be_bytes(*word)) else {
+            return 0;
+        };
+        let size = self.ground.cluster_size;
+        let offset = first & OFFSET_MASK;
+        if first & !OFFSET_MASK != COPIED || offset == 0 || !HostOffset::new(offset).is_aligned(size) {
+            return 0;
         }
-    }
-
-    /// The tables found, in guest order.
-    fn table_list(&self) -> Vec<(HostOffset, TableUse)> {
-        let mut tables: Vec<_> = self
-            .tables
+        let cluster = offset >> self.ground.bits();
+        let most = usize::try_from(self.ground.clusters.saturating_sub(cluster)).unwrap_or(usize::MAX);
+        let mut next = first;
+        let count = words
             .iter()
-            .map(|(at, user)| (HostOffset::new(*at), *user))
-            .collect();
-        tables.sort_unstable_by_key(|(at, user)| (user.l1_index, *at));
-        tables
-    }
-
-    /// Reads an L2 table into `table`; `false` if there is nothing to see in it.
-    fn read_table(&mut self, at: HostOffset, table: &mut [u8]) -> bool {
-        !self.is_hole(at, table.len() as u64) && self.read("l2 table", at, table)
-    }
-
-    /// Counts the references of all L2 tables found.
-    pub(super) fn walk_tables(&mut self) -> Result<()> {
-        let mut table = vec![0; self.header.cluster_bits.cluster_len()];
-        for (at, user) in self.table_list() {
-            self.job.check()?;
-            if self.read_table(at, &mut table) {
-                self.l2_table(at, user, &table);
-            }
-            if user.active > 0 {
-                self.job.observer.advance(self.geometry.l1_entry_covers());
-            }
+            .take(most)
+            .take_while(|word| {
+                let same = u64::from_be_bytes(**word) == next;
+                next = next.wrapping_add(size);
+                same
+            })
+            .count();
+        if count == 0 {
+            return 0;
         }
-        Ok(())
+        let end = cluster.saturating_add(count as u64);
+        self.allocated(HostOffset::new(offset), count as u64);
+        self.count(cluster..end);
+        count
     }
 
-    fn l2_table(&mut self, table: HostOffset, user: TableUse, bytes: &[u8]) {
-        let mut guest = self.geometry.l1_start(user.l1_index);
-        let mut expected = None;
-        let mut neighbours = Neighbours::default();
-        for (index, words) in bytes.chunks_exact(self.geometry.entry_len()).enumerate() {
-            let (entry, subclusters) = split_words(words);
-            if entry.0 != 0 || subclusters.0 != 0 {
-                let place = Place { table, index, guest };
-                self.l2_entry(place, user, entry, subclusters, &mut expected, &mut neighbours);
-            }
-            guest = guest.saturating_add(self.cluster_size);
+    /// Notes `count` clusters from `at` on that are allocated.
+    fn allocated(&mut self, at: HostOffset, count: u64) {
+        let active = self.user.active;
+        let counters = &mut self.notes.counters;
+        counters.allocated_units = counters
+            .allocated_units
+            .saturating_add(active.saturating_mul(count));
+        if self.expected.is_some_and(|expected| expected != at) {
+            counters.fragmented_units = counters.fragmented_units.saturating_add(active);
         }
-        self.flush(&mut neighbours, user.total);
+        self.expected = Some(at.saturating_add(self.ground.cluster_size.saturating_mul(count)));
     }
 
-    fn l2_entry(
-        &mut self,
-        place: Place,
-        user: TableUse,
-        entry: L2Entry,
-        subclusters: Subclusters,
-        expected: &mut Option<HostOffset>,
-        neighbours: &mut Neighbours,
-    ) {
-        let weight = user.total;
-        if entry.reserved(self.geometry) != 0 {
-            self.bad_entry(place, weight, entry, "reserved bits are set");
+    fn count(&mut self, clusters: std::ops::Range<u64>) {
+        if self.run.end != clusters.start {
+            self.flush();
+            self.run.start = clusters.start;
+        }
+        self.run.end = clusters.end;
+    }
+
+    fn flush(&mut self) {
+        let run = std::mem::take(&mut self.run);
+        self.references.add(run.start..run.end, self.user.total);
+    }
+
+    fn refer(&mut self, what: &str, at: HostOffset, len: u64, guest: GuestOffset) {
+        let weight = self.user.total;
+        self.ground
+            .refer(self.references, self.notes, what, at, len, weight, Some(guest));
+    }
+
+    fn entry(&mut self, place: Place, entry: L2Entry, subclusters: Subclusters) {
+        let geometry = self.ground.geometry;
+        if entry.reserved(geometry) != 0 {
+            self.bad(place, entry, "reserved bits are set");
         }
         if entry.is_compressed() {
-            self.compressed(place, user, entry, subclusters);
+            self.compressed(place, entry, subclusters);
             return;
         }
-        let zero = entry.0 & ZERO_FLAG != 0 && !self.geometry.extended_l2();
-        if zero && self.header.version == Version::V2 {
-            self.bad_entry(place, weight, entry, "the zero flag is not known in version 2");
+        let zero = entry.0 & ZERO_FLAG != 0 && !geometry.extended_l2();
+        if zero && self.ground.header.version == Version::V2 {
+            self.bad(place, entry, "the zero flag is not known in version 2");
         }
         let at = entry.offset();
-        let allocated = at != HostOffset::ZERO || (self.geometry.data_file() && entry.copied());
-        if self.geometry.extended_l2() {
+        let allocated = at != HostOffset::ZERO || (geometry.data_file() && entry.copied());
+        if geometry.extended_l2() {
             let kind = if allocated {
                 ClusterKind::Normal(at)
             } else {
                 ClusterKind::Unallocated
             };
             if let Err(error) = subclusters.check(kind) {
-                self.corruption(
-                    weight,
-                    place.host(self.geometry.entry_len()),
-                    Some(place.guest),
-                    || format!("{}: {error}", place.name()),
-                );
+                let host = place.host(geometry.entry_len());
+                self.notes
+                    .corruption(self.user.total, host, Some(place.guest), || {
+                        format!("{}: {error}", place.name())
+                    });
             }
         }
         if !allocated {
             return;
         }
-        if !at.is_aligned(self.cluster_size) {
-            self.bad_entry(place, weight, entry, "the offset does not fall on a cluster");
+        self.uncopied |= !entry.copied();
+        if !at.is_aligned(self.ground.cluster_size) {
+            self.bad(place, entry, "the offset does not fall on a cluster");
         }
-        self.report.allocated_units = self.report.allocated_units.saturating_add(user.active);
-        if expected.is_some_and(|expected| expected != at) {
-            self.report.fragmented_units = self.report.fragmented_units.saturating_add(user.active);
-        }
-        *expected = Some(at.saturating_add(self.cluster_size));
-        if self.geometry.data_file() {
-            if at.get() != place.guest.get() && user.total == user.active && user.active == 1 {
-                self.bad_entry(
-                    place,
-                    weight,
-                    entry,
-                    "the offset in the data file is not the guest's",
-                );
+        self.allocated(at, 1);
+        if geometry.data_file() {
+            let misplaced = at.is_aligned(self.ground.cluster_size) && at.get() != place.guest.get();
+            if misplaced && self.user.total == self.user.active && self.user.active == 1 {
+                self.bad(place, entry, "the offset in the data file is not the guest's");
             }
             return;
         }
-        let bits = self.header.cluster_bits.get();
-        let cluster = at.get() >> bits;
-        if at.is_aligned(self.cluster_size) && cluster < self.clusters {
-            if neighbours.end != cluster {
-                self.flush(neighbours, weight);
-                neighbours.start = cluster;
-            }
-            neighbours.end = cluster.saturating_add(1);
+        let cluster = self.ground.cluster(at);
+        if at.is_aligned(self.ground.cluster_size) && cluster < self.ground.clusters {
+            self.count(cluster..cluster.saturating_add(1));
         } else {
-            self.refer("data cluster", at, self.cluster_size, weight, Some(place.guest));
+            self.refer("data cluster", at, self.ground.cluster_size, place.guest);
         }
     }
 
-    fn flush(&mut self, neighbours: &mut Neighbours, weight: u64) {
-        self.references.add(neighbours.start..neighbours.end, weight);
-        *neighbours = Neighbours::default();
-    }
-
-    fn compressed(&mut self, place: Place, user: TableUse, entry: L2Entry, subclusters: Subclusters) {
-        let weight = user.total;
+    fn compressed(&mut self, place: Place, entry: L2Entry, subclusters: Subclusters) {
         if entry.copied() {
-            self.bad_entry(
-                place,
-                weight,
-                entry,
-                "a compressed cluster must not be flagged as copied",
-            );
+            self.bad(place, entry, "a compressed cluster must not be flagged as copied");
         }
-        if self.geometry.data_file() {
-            self.bad_entry(
+        if self.ground.geometry.data_file() {
+            self.bad(
                 place,
-                weight,
                 entry,
                 "no cluster can be compressed with an external data file",
             );
             return;
         }
         if subclusters.0 != 0 {
-            self.bad_entry(
-                place,
-                weight,
-                entry,
-                "a compressed cluster must not have subclusters",
-            );
+            self.bad(place, entry, "a compressed cluster must not have subclusters");
             return;
         }
-        let span = entry.span(self.geometry);
-        self.refer("compressed cluster", span.at, span.len, weight, Some(place.guest));
+        let span = entry.span(self.ground.geometry);
+        self.refer("compressed cluster", span.at, span.len, place.guest);
+        let active = self.user.active;
+        let counters = &mut self.notes.counters;
         for counter in [
-            &mut self.report.allocated_units,
-            &mut self.report.compressed_units,
-            &mut self.report.fragmented_units,
+            &mut counters.allocated_units,
+            &mut counters.compressed_units,
+            &mut counters.fragmented_units,
         ] {
-            *counter = counter.saturating_add(user.active);
+            *counter = counter.saturating_add(active);
         }
     }
 
-    fn bad_entry(&mut self, place: Place, weight: u64, entry: L2Entry, why: &str) {
-        self.corruption(
-            weight,
-            place.host(self.geometry.entry_len()),
-            Some(place.guest),
-            || format!("{} is {:#018x}: {why}", place.name(), entry.0),
-        );
-    }
-
-    /// Compares the COPIED flags of the active state with the refcounts on disk.
-    pub(super) fn copied(&mut self, disk: &Disk) -> Result<()> {
-        let mut table = vec![0; self.header.cluster_bits.cluster_len()];
-        // The flags of L1 entries were dropped when the tables were gathered.
-        let l1_entries: Vec<_> = self
-            .table_list()
-            .into_iter()
-            .filter(|(_, user)| user.active > 0)
-            .collect();
-        self.copied_l1(disk)?;
-        for (at, user) in l1_entries {
-            self.job.check()?;
-            if !self.read_table(at, &mut table) {
-                continue;
-            }
-            let mut guest = self.geometry.l1_start(user.l1_index);
-            for (index, words) in table.chunks_exact(self.geometry.entry_len()).enumerate() {
-                let (entry, _) = split_words(words);
-                let place = Place {
-                    table: at,
-                    index,
-                    guest,
-                };
-                guest = guest.saturating_add(self.cluster_size);
-                let cluster = entry.offset();
-                if entry.is_compressed() || (cluster == HostOffset::ZERO && !entry.copied()) {
-                    continue;
-                }
-                if self.geometry.data_file() {
-                    if !entry.copied() {
-                        self.bad_entry(
-                            place,
-                            user.active,
-                            entry,
-                            "the copied flag must be set with an external data file",
-                        );
-                    }
-                    continue;
-                }
-                if cluster == HostOffset::ZERO {
-                    continue;
-                }
-                let refcount = match self.refcount_on_disk(disk, cluster) {
-                    Some(refcount) => refcount,
-                    None => continue,
-                };
-                if (refcount == 1) != entry.copied() {
-                    self.corruption(
-                        user.active,
-                        place.host(self.geometry.entry_len()),
-                        Some(place.guest),
-                        || {
-                            format!(
-                                "{} is {:#018x}: the copied flag must {}be set, the refcount is {refcount}",
-                                place.name(),
-                                entry.0,
-                                if refcount == 1 { "" } else { "not " }
-                            )
-                        },
-                    );
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn copied_l1(&mut self, disk: &Disk) -> Result<()> {
-        let at = self.header.l1_table_offset;
-        let len = u64::from(self.header.l1_size).saturating_mul(8);
-        let mut piece = Vec::new();
-        let mut done = 0;
-        while done < len {
-            self.job.check()?;
-            let piece_at = at.saturating_add(done);
-            let piece_len = len.saturating_sub(done).min(L1_PIECE);
-            piece.resize(usize::try_from(piece_len).unwrap_or(0), 0);
-            if self.is_hole(piece_at, piece_len) || !self.read("active l1 table", piece_at, &mut piece) {
-                piece.fill(0);
-            }
-            for (index, entry) in piece.as_chunks::<8>().0.iter().enumerate() {
-                let entry = L1Entry(u64::from_be_bytes(*entry));
-                if entry.offset() == HostOffset::ZERO {
-                    continue;
-                }
-                let Some(refcount) = self.refcount_on_disk(disk, entry.offset()) else {
-                    continue;
-                };
-                if (refcount == 1) != entry.copied() {
-                    let l1_index = (done / 8).saturating_add(index as u64);
-                    let entry_at = piece_at.saturating_add((index as u64).saturating_mul(8));
-                    self.corruption(1, entry_at, None, || {
-                        format!(
-                            "active l1 table: entry {l1_index} is {:#018x}: the copied flag must {}be set, \
-                             the refcount is {refcount}",
-                            entry.0,
-                            if refcount == 1 { "" } else { "not " }
-                        )
-                    });
-                }
-            }
-            done = done.saturating_add(piece_len);
-        }
-        Ok(())
+    fn bad(&mut self, place: Place, entry: L2Entry, why: &str) {
+        let host = place.host(self.ground.geometry.entry_len());
+        self.notes
+            .corruption(self.user.total, host, Some(place.guest), || {
+                format!("{} is {:#018x}: {why}", place.name(), entry.0)
+            });
     }
 }
 
 /// Where an L2 entry is.
 #[derive(Clone, Copy)]
-struct Place {
-    table: HostOffset,
-    index: usize,
-    guest: GuestOffset,
+pub(super) struct Place {
+    pub(super) table: HostOffset,
+    pub(super) index: usize,
+    pub(super) guest: GuestOffset,
 }
 
 impl Place {
-    fn host(self, entry_len: usize) -> HostOffset {
+    pub(super) fn host(self, entry_len: usize) -> HostOffset {
         self.table
             .saturating_add((self.index as u64).saturating_mul(entry_len as u64))
     }
 
-    fn name(self) -> String {
+    pub(super) fn name(self) -> String {
         format!("l2 table at {:#x}: entry {}", self.table, self.index)
     }
 }
 
-fn split_words(words: &[u8]) -> (L2Entry, Subclusters) {
+/// The entry at the start of `words`, which are no longer than one where entries have 8 bytes.
+pub(super) fn split_words(words: &[u8]) -> (L2Entry, Subclusters) {
     match (words.first_chunk::<16>(), words.first_chunk::<8>()) {
         (Some(words), _) => split_entry(words),
         (None, Some(word)) => (L2Entry(u64::from_be_bytes(*word)), Subclusters(0)),

@@ -24,7 +24,7 @@ pub(crate) fn get_count(block: &[u8], order: u32, index: u64) -> u64 {
 }
 
 /// Sets count `index` of a block and returns the bytes that changed. `count` must fit in its bits.
-pub(super) fn set_count(block: &mut [u8], order: u32, index: u64, count: u64) -> Range<usize> {
+pub(crate) fn set_count(block: &mut [u8], order: u32, index: u64, count: u64) -> Range<usize> {
     let Ok(index) = usize::try_from(index) else {
         return 0..0;
     };

@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, IntoBytes, big_endian};
 
 use super::header::{Header, Version};
 use super::layout::{
-    L1_BYTES_MAX, RawSnapshot, RawSnapshotExtra, SNAPSHOT_EXTRA_MAX, SNAPSHOT_TABLE_BYTES_MAX,
+    L1_BYTES_MAX, RawSnapshot, RawSnapshotExtra, SNAPSHOT_EXTRA_MAX, SNAPSHOT_TABLE_BYTES_MAX, SNAPSHOTS_MAX,
 };
 use super::map::Geometry;
 
@@ -118,22 +118,30 @@ pub fn read_table_with(
 ) -> Result<(Vec<Snapshot>, HostOffset)> {
     let count = header.nb_snapshots;
     let mut cursor = Cursor::new(main, header.snapshots_offset, limits)?;
-    if count > limits.snapshots {
-        return Err(SnapshotError::TooMany {
-            count,
-            limit: limits.snapshots,
-        }
-        .into());
+    let limit = limits.snapshots.min(SNAPSHOTS_MAX);
+    if count > limit {
+        on_problem(SnapshotError::TooMany { count, limit })?;
     }
     let mut snapshots = Vec::new();
-    for index in 0..count {
+    for index in 0..count.min(limit) {
         let at = cursor.at;
-        let entry = read_entry(&mut cursor, header, index, on_problem)?.ok_or(SnapshotError::PastEnd {
-            index,
-            count,
-            at: at.get(),
-        })?;
-        snapshots.push(entry);
+        let trouble = match read_entry(&mut cursor, header, index, on_problem) {
+            Ok(Some(entry)) => {
+                snapshots.push(entry);
+                continue;
+            }
+            Ok(None) => SnapshotError::PastEnd {
+                index,
+                count,
+                at: at.get(),
+            },
+            Err(error) => match error.find::<SnapshotError>() {
+                Some(SnapshotError::TooLong(most)) => SnapshotError::TooLong(*most),
+                _ => return Err(error),
+            },
+        };
+        on_problem(trouble)?;
+        return Ok((snapshots, at));
     }
     Ok((snapshots, cursor.at))
 }
@@ -253,7 +261,7 @@ impl Snapshot {
     }
 
     /// Its entry of the table, padded.
-    fn to_bytes(&self) -> Vec<u8> {
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
         let facts = &self.facts;
         // More than 32 bits of machine state, and dates past 2106, do not fit the old fields.
         let narrow = |value: u64| big_endian::U32::new(u32::try_from(value).unwrap_or(0));
@@ -275,7 +283,7 @@ impl Snapshot {
     }
 
     /// Its extra data with what version 3 wants to be there, and whatever else there was.
-    fn complete_extra(&mut self) {
+    pub(super) fn complete_extra(&mut self) {
         let known = RawSnapshotExtra {
             vm_state_size: self.facts.vm_state_size.into(),
             disk_size: self.facts.disk_size.into(),
