@@ -20,7 +20,7 @@ mod cow;
 pub mod create;
 pub mod extension;
 mod fence;
-mod flight;
+pub(crate) mod flight;
 pub mod header;
 mod hollow;
 mod layer;

@@ -16,7 +16,10 @@ mod layer;
 pub mod layout;
 pub mod map;
 mod options;
+mod resize;
+mod tables;
 pub mod uuid;
+mod write;
 
 pub use layer::VdiLayer;
 
@@ -154,9 +157,10 @@ impl Parsed for VdiImage {
         )?))
     }
 
-    fn attach_mut(self: Box<Self>, _files: FilesMut, how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
+    fn attach_mut(self: Box<Self>, files: FilesMut, how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
         refuse_snapshot(how)?;
-        Err(unsupported("writing to vdi images"))
+        let (_, main) = only(files)?;
+        Ok(Arc::new(write::Image::open(self.header, self.facts, main, how)?))
     }
 
     fn check(self: Box<Self>, _files: Files, _how: &OpenSpec, _job: Job<'_>) -> Result<CheckReport> {
