@@ -10,6 +10,8 @@
 //! a block puts it behind the last one, where `blocks_allocated` says that is. A differencing image names its parent by
 //! UUID only. All integers are little-endian.
 
+mod check;
+mod compact;
 mod create;
 pub mod header;
 mod layer;
@@ -26,9 +28,9 @@ pub use layer::VdiLayer;
 use std::sync::Arc;
 
 use diskmill_core::{
-    Builder, CheckReport, CreateSpec, DataRuns, Driver, Error, ErrorKind, Facts, Files, FilesMut, Format,
-    HostOffset, Identity, Job, Layer, LayerMut, Match, Measure, OpenSpec, OptionError, OptionSpec,
-    OutputSpec, Parsed, Reference, Repair, Result, Sample, Storage, Value,
+    Builder, CheckReport, CompactReport, CompactSpec, CreateSpec, DataRuns, Driver, Error, ErrorKind, Facts,
+    Files, FilesMut, Format, HostOffset, Identity, Job, Layer, LayerMut, Match, Measure, OpenSpec,
+    OptionError, OptionSpec, OutputSpec, Parsed, Reference, Repair, Result, Sample, Storage, Value,
 };
 
 use header::{HEAD_LEN, Header};
@@ -163,18 +165,42 @@ impl Parsed for VdiImage {
         Ok(Arc::new(write::Image::open(self.header, self.facts, main, how)?))
     }
 
-    fn check(self: Box<Self>, _files: Files, _how: &OpenSpec, _job: Job<'_>) -> Result<CheckReport> {
-        Err(unsupported("checking vdi images"))
+    fn check(self: Box<Self>, files: Files, how: &OpenSpec, job: Job<'_>) -> Result<CheckReport> {
+        let (_, main) = only(files)?;
+        check::run(&self.header, main.as_ref(), how, job)
     }
 
     fn repair(
         self: Box<Self>,
-        _files: FilesMut,
-        _how: &OpenSpec,
-        _what: Repair,
-        _job: Job<'_>,
+        files: FilesMut,
+        how: &OpenSpec,
+        what: Repair,
+        job: Job<'_>,
     ) -> Result<CheckReport> {
-        Err(unsupported("repairing vdi images"))
+        let (_, main) = only(files)?;
+        check::repair(&self.header, &main, how, what, job)
+    }
+
+    fn compact(
+        self: Box<Self>,
+        files: FilesMut,
+        how: &OpenSpec,
+        spec: &CompactSpec,
+        job: Job<'_>,
+    ) -> Result<CompactReport> {
+        let (_, main) = only(files)?;
+        compact::run(self.header, main, how, spec, job)
+    }
+
+    fn plan_compact(
+        self: Box<Self>,
+        files: Files,
+        how: &OpenSpec,
+        spec: &CompactSpec,
+        job: Job<'_>,
+    ) -> Result<CompactReport> {
+        let (_, main) = only(files)?;
+        compact::plan(&self.header, main.as_ref(), how, spec, job)
     }
 }
 

@@ -38,9 +38,9 @@ impl Image {
     /// Gives the disk another size, rounded up to a sector. All blocks are held.
     pub(super) fn resize_held(&self, size: u64, below: &Chain) -> Result<()> {
         let old = self.size.load(Ordering::Acquire);
-        let size = size.checked_next_multiple_of(SECTOR).ok_or_else(|| {
-            diskmill_core::Error::new(diskmill_core::ErrorKind::Unsupported, SizeError(size))
-        })?;
+        let size = size
+            .checked_next_multiple_of(SECTOR)
+            .ok_or_else(|| Error::new(ErrorKind::Unsupported, SizeError(size)))?;
         let count = blocks(size)?;
         if size > old {
             self.grow(old, size, count, below)?;

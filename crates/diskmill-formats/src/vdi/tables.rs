@@ -114,6 +114,12 @@ impl Slots {
         }
     }
 
+    /// How many of them are `slot` or above.
+    pub(super) fn above(&self, slot: u32) -> u32 {
+        let all = (slot..self.end()).filter(|slot| self.has(*slot)).count();
+        u32::try_from(all).unwrap_or(u32::MAX)
+    }
+
     /// One above the highest slot in the set.
     pub(super) fn end(&self) -> u32 {
         let last = self.words.iter().rposition(|word| *word != 0);
@@ -125,6 +131,17 @@ impl Slots {
             None => 0,
         }
     }
+}
+
+/// Two blocks in one slot, where there are some.
+pub(super) fn shared(map: &BlockMap) -> TablesError {
+    let mut seen: Vec<(u32, u32)> = map.slots().map(|(block, slot)| (slot, block)).collect();
+    seen.sort_unstable();
+    let pair = seen.windows(2).find_map(|pair| match pair {
+        [(a, first), (b, second)] if a == b => Some(TablesError::Shared(*first, *second, *a)),
+        _ => None,
+    });
+    pair.unwrap_or(TablesError::Adrift)
 }
 
 /// Header, map and slots of an image that is being changed.
@@ -151,13 +168,12 @@ impl Tables {
     /// Takes over an image that does not contradict itself.
     pub(super) fn open(header: Header, map: BlockMap, file: Arc<dyn StorageMut>) -> Result<Self> {
         let tables = Self::open_any(header, map, file)?;
-        for (block, slot) in tables.map.slots() {
+        for (block, _) in tables.map.slots() {
             tables.map.place(block, &tables.header, tables.file_len)?;
-            debug_assert!(tables.slots.has(slot));
         }
         let used = tables.map.slots().count();
         if u32::try_from(used).unwrap_or(u32::MAX) != tables.slots.count() {
-            return Err(tables.shared().into());
+            return Err(shared(&tables.map).into());
         }
         Ok(tables)
     }
@@ -169,12 +185,7 @@ impl Tables {
         }
         let mut sector = [0; HEAD_LEN];
         file.read_padded(HostOffset::ZERO, &mut sector)?;
-        let limit = header.slot_limit();
-        let mut slots = Slots::default();
-        for (_, slot) in map.slots().filter(|(_, slot)| *slot < limit) {
-            slots.add(slot);
-        }
-        Ok(Self {
+        let mut tables = Self {
             file_len: file.len()?,
             fixed_len: file.hints().fixed_len,
             sector,
@@ -184,19 +195,19 @@ impl Tables {
             file,
             header,
             map,
-            slots,
-        })
+            slots: Slots::default(),
+        };
+        tables.recount();
+        Ok(tables)
     }
 
-    /// Two blocks in one slot, where there are some.
-    fn shared(&self) -> TablesError {
-        let mut seen: Vec<(u32, u32)> = self.map.slots().map(|(block, slot)| (slot, block)).collect();
-        seen.sort_unstable();
-        let pair = seen.windows(2).find_map(|pair| match pair {
-            [(a, first), (b, second)] if a == b => Some(TablesError::Shared(*first, *second, *a)),
-            _ => None,
-        });
-        pair.unwrap_or(TablesError::Adrift)
+    /// Counts the slots in use anew.
+    pub(super) fn recount(&mut self) {
+        let limit = self.header.slot_limit();
+        self.slots = Slots::default();
+        for (_, slot) in self.map.slots().filter(|(_, slot)| *slot < limit) {
+            self.slots.add(slot);
+        }
     }
 
     /// Fails once the header in the file is not known.
@@ -316,17 +327,21 @@ impl Tables {
         Ok(())
     }
 
-    /// Writes the entries of `blocks`, as far as there are some.
+    /// Writes the sectors of the map that `blocks` are in, whole: an entry is never torn.
     pub(super) fn write_map(&self, blocks: Range<u32>) -> Result<()> {
+        let per = u32::try_from(ENTRIES_PER_SECTOR).unwrap_or(128);
         let end = blocks.end.min(self.map.len());
-        let mut first = blocks.start;
+        let mut first = blocks.start / per * per;
         while first < end {
-            let count = usize::try_from(end.saturating_sub(first))
-                .unwrap_or(usize::MAX)
-                .min(256 << 10);
+            let count = end.saturating_sub(first).min(256 << 10);
             let at = HostOffset::new(self.header.blocks_offset.into()).plus(u64::from(first) * 4)?;
-            self.file.write_at(at, &self.map.bytes(first, count))?;
-            first = first.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
+            let mut bytes = self
+                .map
+                .bytes(first, usize::try_from(count).unwrap_or(usize::MAX));
+            // Data starts on a sector, so the rest of the last one is free.
+            bytes.resize(bytes.len().next_multiple_of(HEAD_LEN), 0);
+            self.file.write_at(at, &bytes)?;
+            first = first.saturating_add(count);
         }
         Ok(())
     }
@@ -394,7 +409,7 @@ impl Tables {
         Ok(())
     }
 
-    /// Notes that a header that moves things failed to be written, or was.
+    /// Makes a header durable that moves things. If that fails nobody knows which one the file has.
     pub(super) fn switch_header(&mut self) -> Result<()> {
         let switched = self.write_header().and_then(|()| self.file.sync());
         self.adrift |= switched.is_err();

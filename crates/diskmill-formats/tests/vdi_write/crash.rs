@@ -1,0 +1,285 @@
+//! Power cuts: whatever of the writes that were not flushed is lost or torn, nothing is corrupt and no data that was
+//! flushed is gone. And calls that fail.
+
+use std::sync::Arc;
+
+use diskmill_core::{
+    CheckReport, CompactSpec, Driver, ErrorKind, GuestOffset, Job, Repair, Result, Role, Storage,
+};
+use diskmill_formats::vdi;
+use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Subject, Tale};
+use diskmill_testkit::fault::{Failure, Faults, Journal, Lasting};
+use diskmill_testkit::model::{self, Model, Op};
+
+use super::images::{self, Image, M};
+use super::model::{ops, seed, soak};
+
+impl Subject for Image {
+    fn look(&self, files: &[Vec<u8>]) -> Result<Picture> {
+        Ok(Picture::of(self.read(&files[0])?))
+    }
+
+    fn check(&self, files: &[Vec<u8>]) -> Result<CheckReport> {
+        images::check(&files[0])
+    }
+
+    fn repair(&self, files: &[Vec<u8>]) -> Result<Vec<Vec<u8>>> {
+        let disk = images::memory(&files[0]);
+        images::repair(&disk, Repair::All)?;
+        Ok(vec![images::bytes(&disk)])
+    }
+
+    fn overwrite(&self, files: &[Vec<u8>]) -> Result<Vec<Vec<u8>>> {
+        let disk = images::memory(&files[0]);
+        let layer = images::open(&disk)?;
+        let bytes: Vec<u8> = (0..layer.virtual_size())
+            .map(|at| model::pattern(0x5b, at))
+            .collect();
+        layer.write_at(GuestOffset::ZERO, &bytes, &self.below)?;
+        layer.flush()?;
+        drop(layer);
+        Ok(vec![images::bytes(&disk)])
+    }
+
+    fn second_opinion(&self, files: &[Vec<u8>], _flags_may_lag: bool) -> Result<(), String> {
+        match self.qemu_checks(&files[0]) {
+            (_, 0) => Ok(()),
+            (report, code) => Err(format!("code {code}: {report}")),
+        }
+    }
+}
+
+fn effect(op: &Op, same: bool) -> Effect {
+    match op {
+        Op::Flush => Effect::Settles,
+        Op::Resize { .. } if !same => Effect::Settles,
+        _ => Effect::Flows,
+    }
+}
+
+/// What may show through while an operation is under way: of what is given up, zeros or what is below.
+fn through(image: &Image, disk: &[u8], op: &Op) -> Vec<Picture> {
+    let end = disk.len();
+    let span = match *op {
+        Op::Resize { size } => (size as usize).min(end)..end,
+        Op::Discard { at, len } => (at as usize).min(end)..(at + len).min(end as u64) as usize,
+        _ => return Vec::new(),
+    };
+    let (mut zeros, mut below) = (disk.to_vec(), disk.to_vec());
+    zeros[span.clone()].fill(0);
+    let at = GuestOffset::new(span.start as u64);
+    image.below.read_at(at, &mut below[span]).expect("read");
+    vec![Picture::of(zeros), Picture::of(below)]
+}
+
+/// Plays a story.
+fn play(name: String, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Tale {
+    let disk = journal.record(images::memory(&image.file));
+    let mut layer = images::open(&disk).expect("open");
+    let mut model = Model::new(image.start.clone());
+    let mut tale = Tale::new(name, journal, Picture::of(image.start.clone()));
+    for op in ops {
+        let mark = tale.mark();
+        let through = through(image, model.bytes(), op);
+        if *op == Op::Reopen {
+            drop(layer);
+            layer = images::open(&disk).expect("open again");
+        }
+        model
+            .apply(op, &layer, &image.below, M, &|_| None)
+            .unwrap_or_else(|error| panic!("{op:?}: {error:?}"));
+        let after = Picture::of(model.bytes().to_vec());
+        let effect = effect(op, tale.now().disk.len() == after.disk.len());
+        tale.note_through(mark, format!("{op:?}"), effect, through, after);
+    }
+    tale
+}
+
+#[test]
+fn a_power_cut_at_random_leaks_at_worst() {
+    let mut figures = Figures::default();
+    for kind in &images::KINDS {
+        let image = kind.make();
+        for story in 0..u64::from(soak()) {
+            let ops = ops(kind, 100 + story, 12);
+            let journal = Journal::new();
+            let name = format!("{}, story {story}: {ops:?}", kind.name);
+            figures += play(name, &image, &ops, &journal).survive(&image, Effort::usual(seed()));
+        }
+    }
+    assert!(
+        figures.leaking > 0 && figures.repaired > 0 && figures.judged > 0,
+        "{figures:?}"
+    );
+}
+
+#[test]
+fn a_power_cut_while_the_map_moves_leaks_at_worst() {
+    for kind in ["empty", "fixed"] {
+        let mut kind = images::named(kind);
+        if kind.options.contains("static") {
+            // All slots are taken, so that what is moved out of the way lies behind the last one there may be.
+            kind.size = 128 * M;
+        }
+        let mut image = kind.make();
+        if kind.name == "empty" {
+            let disk = images::memory(&image.file);
+            let layer = images::open(&disk).expect("open");
+            layer
+                .write_at(GuestOffset::ZERO, &[5; 3 << 19], &image.below)
+                .expect("write");
+            layer.flush().expect("flush");
+            drop(layer);
+            image.file = images::bytes(&disk);
+            image.start[..3 << 19].fill(5);
+        }
+        let size = 129 * M;
+        let ops = [Op::Resize { size }];
+        let journal = Journal::new();
+        let tale = play(format!("{} grows", kind.name), &image, &ops, &journal);
+        let mut effort = Effort::usual(seed());
+        effort.bounds.prefixes = 2 * soak() as usize;
+        effort.bounds.singles = soak() as usize;
+        effort.bounds.random = soak() as usize;
+        effort.overwrite_every = 13;
+        effort.repair_every = 5;
+        effort.judge_every = u64::MAX;
+        tale.survive(&image, effort);
+    }
+}
+
+#[test]
+fn a_power_cut_while_compacting_leaks_at_worst() {
+    for kind in &images::KINDS {
+        let image = kind.make();
+        let ops = [
+            Op::Write {
+                at: 0,
+                len: kind.size,
+                fill: 9,
+            },
+            Op::Zero {
+                at: M,
+                len: M,
+                how: diskmill_core::ZeroHow::MayUnmap,
+            },
+            Op::Flush,
+        ];
+        let before = Journal::new();
+        let start = play(String::new(), &image, &ops, &before).now().clone();
+        let file = before.prefix(before.len()).remove(0);
+        let journal = Journal::new();
+        let disk = journal.record(images::memory(&file));
+        let mut tale = Tale::new(format!("{} shrinks", kind.name), &journal, start.clone());
+        let parsed = vdi::DRIVER
+            .parse(Arc::clone(&disk) as Arc<dyn Storage>, &images::how())
+            .expect("parse");
+        let spec = CompactSpec::default();
+        let files = vec![(Role::Main, Arc::clone(&disk))];
+        let report = parsed
+            .compact(files, &images::how(), &spec, Job::silent())
+            .expect("compact");
+        assert!(report.zeros + report.punched > 0, "{report:?}");
+        tale.note(0, "compacting", Effect::Flows, start);
+        tale.survive(&image, Effort::usual(seed()).times(2));
+    }
+}
+
+#[test]
+fn a_power_cut_while_repairing_can_be_repaired() {
+    let image = images::named("dynamic").make();
+    let mut file = image.file.clone();
+    let entries = images::entries(&file);
+    let slots: Vec<usize> = (0..5).filter(|block| entries[*block] < 5).collect();
+    // Two blocks in one slot, one nowhere, and a number that is too low.
+    let put = |file: &mut Vec<u8>, block: usize, slot: u32| {
+        let at = images::entry_at(file, block);
+        file[at..at + 4].copy_from_slice(&slot.to_le_bytes());
+    };
+    put(&mut file, slots[1], entries[slots[0]]);
+    put(&mut file, 1, 77);
+    file[388..392].fill(0);
+    let expected = {
+        let mut bytes = file.clone();
+        put(&mut bytes, 1, u32::MAX);
+        image.read(&bytes).expect("read")
+    };
+    let journal = Journal::new();
+    let disk = journal.record(images::memory(&file));
+    images::repair(&disk, Repair::All).expect("repair");
+    for count in 0..=journal.len() {
+        for seed in 0..4 {
+            let left = images::memory(&journal.crash(count, seed)[0]);
+            images::repair(&left, Repair::All).expect("repair again");
+            let bytes = images::bytes(&left);
+            assert!(
+                image.read(&bytes).expect("read") == expected,
+                "cut {count}, seed {seed}"
+            );
+            image.assert_good(&bytes, &expected);
+        }
+    }
+}
+
+#[test]
+fn a_call_that_fails_corrupts_nothing() {
+    for name in ["dynamic", "fixed", "over longer"] {
+        let kind = images::named(name);
+        let image = kind.make();
+        let mut ops = ops(&kind, 7, 8);
+        ops.push(Op::Resize { size: 129 * M });
+        ops.push(Op::Resize { size: M + 512 });
+        ops.retain(|op| *op != Op::Reopen);
+        let attempt = |faults: &Arc<Faults>| {
+            let inner = images::memory(&image.file);
+            let disk = faults.wrap(Arc::clone(&inner));
+            let mut failed = None;
+            match images::open(&disk) {
+                Err(error) => failed = Some(error),
+                Ok(layer) => {
+                    let mut model = Model::new(image.start.clone());
+                    for op in &ops {
+                        if let Err(error) = model.apply(op, &layer, &image.below, M, &|_| None) {
+                            failed = Some(error);
+                            break;
+                        }
+                    }
+                    let _ = layer.write_at(GuestOffset::ZERO, &[1; 512], &image.below);
+                    let _ = layer.flush();
+                }
+            }
+            (images::bytes(&inner), failed)
+        };
+        let calls = {
+            let faults = Faults::new();
+            let failed = attempt(&faults).1;
+            assert!(failed.is_none(), "{failed:?}");
+            faults.calls()
+        };
+        for number in (0..calls).step_by(calls.div_ceil(40).max(1) as usize) {
+            for (failure, lasting) in [
+                (Failure::Io, Lasting::Once),
+                (Failure::ShortWrite, Lasting::ForGood),
+            ] {
+                let faults = Faults::new();
+                faults.fail_at(number, failure, lasting);
+                let (file, failed) = attempt(&faults);
+                if faults.struck() > 0 && lasting == Lasting::ForGood {
+                    let error = failed.unwrap_or_else(|| panic!("{name}, call {number}: nobody noticed"));
+                    assert_ne!(
+                        error.kind(),
+                        ErrorKind::Corrupt,
+                        "{name}, call {number}: {error:?}"
+                    );
+                }
+                let report = images::check(&file).expect("check");
+                assert_eq!(
+                    (report.check_errors, report.corruptions),
+                    (0, 0),
+                    "{name}, call {number}, {failure:?} {lasting:?}: {:#?}",
+                    report.findings
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! Changing vdi images in place: against a model of the disk, against QEMU's tools, through power cuts and failures;
+//! damage, and its repair.
+
+mod crash;
+mod damage;
+mod images;
+mod model;
+mod threads;
