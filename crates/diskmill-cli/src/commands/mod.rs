@@ -186,6 +186,9 @@ pub struct NativeArgs {
     /// Follow names inside images into this directory too (default: only beneath the image's own directory)
     #[arg(long, value_name = "DIR", value_hint = clap::ValueHint::DirPath, help_heading = NATIVE)]
     pub allow_ref: Vec<PathBuf>,
+    /// Parent of a differencing image; by default it is looked for, by its UUID, in the image's directory
+    #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath, help_heading = NATIVE)]
+    pub parent: Vec<PathBuf>,
     /// Trust nothing an image says: follow no name in it except into --allow-ref (also: DISKMILL_UNTRUSTED=1)
     #[arg(long, help_heading = NATIVE)]
     pub untrusted: bool,
@@ -331,6 +334,7 @@ impl Source<'_> {
         request.format = self.format.map(str::to_owned);
         request.share = self.share;
         request.policy = native.policy(ui);
+        request.parents.clone_from(&native.parent);
         request.snapshot = self.snapshot.clone();
         request.packages = !ui.drop_in();
         request.disk = self.disk.clone();

@@ -99,7 +99,7 @@ fn random_operations_follow_the_model() {
     for kind in &KINDS {
         let image = kind.make();
         follow(&image, &[]);
-        for salt in 0..4 * u64::from(soak()) {
+        for salt in 0..2 * u64::from(soak()) {
             follow(&image, &ops(kind, salt, 14));
         }
     }

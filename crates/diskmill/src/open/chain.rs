@@ -12,6 +12,7 @@ use diskmill_core::{
 use diskmill_storage::{File, FileId, LockPlan};
 
 use super::guard::Guarded;
+use super::parent::check_identity;
 use super::understand::{Place, open_file};
 use super::{Image, ImageMut, Node, OpenError, OpenRequest, OpenWarning, Understood, resolve_name};
 use crate::policy::References;
@@ -20,7 +21,7 @@ use crate::spec::{BackingSpec, ImageSpec};
 /// Opens the images of one disk.
 #[derive(Debug)]
 pub(crate) struct Opener<'a> {
-    request: &'a OpenRequest,
+    pub(super) request: &'a OpenRequest,
     /// Every image file opened so far: none may come twice.
     seen: Vec<FileId>,
 }
@@ -143,8 +144,12 @@ impl<'a> Opener<'a> {
                 format: None,
             })),
             BackingSpec::Own => match &image.parsed.facts().backing {
-                Some(name) if self.request.backing => self.named(image.file.path(), name).map(Some),
-                _ => Ok(None),
+                _ if !self.request.backing => Ok(None),
+                Some(name) => self.named(image.file.path(), name).map(Some),
+                None => match image.parsed.facts().parent {
+                    Some(parent) => self.parent(image, parent).map(Some),
+                    None => Ok(None),
+                },
             },
         }
     }
@@ -184,7 +189,7 @@ impl<'a> Opener<'a> {
     }
 
     /// The spec of the path `path`, which an image calls `name`.
-    fn permitted_path(&self, path: PathBuf, name: &str) -> Result<ImageSpec> {
+    pub(super) fn permitted_path(&self, path: PathBuf, name: &str) -> Result<ImageSpec> {
         let policy = &self.request.policy;
         let path = policy.permit(self.request.spec.path(), path, name)?;
         let mut spec = ImageSpec::from_path(path);
@@ -194,10 +199,15 @@ impl<'a> Opener<'a> {
 
     /// Opens all that `top` is backed by and lets go of it: whether it is there.
     pub(crate) fn demand_backing(&mut self, top: &Understood) -> Result<()> {
+        if top.parsed.facts().parent.is_some() && self.request.spec.backing == BackingSpec::Own {
+            // It has no name that could be wrong.
+            return Ok(());
+        }
         let next = self.backing_of(top, &self.request.spec)?;
         let mut node = top.node(&[]);
         // Whether it is the right one is not what is asked.
         node.facts.backing_content_id = None;
+        node.facts.parent = None;
         let mut image = Image {
             chain: Chain::default(),
             nodes: vec![node],
@@ -214,6 +224,7 @@ impl<'a> Opener<'a> {
                 let next = self.backing_of(&understood, &backing.spec)?;
                 let (layer, node) = self.attach(understood)?;
                 check_content(image.nodes.last(), &layer)
+                    .and_then(|()| check_identity(image.nodes.last(), &node))
                     .map_err(|error| error.op("open").path(backing.spec.path()))?;
                 Ok(((layer, node), next))
             });

@@ -4,6 +4,7 @@
 
 mod chain;
 mod guard;
+mod parent;
 mod understand;
 
 use std::ffi::{OsStr, OsString};
@@ -16,6 +17,7 @@ use diskmill_core::{Access, Chain, Error, Facts, Format, LayerMut, Limits, Resul
 use diskmill_storage::{CacheMode, File, FileId};
 
 pub(crate) use chain::Opener;
+pub use parent::Uuid;
 pub(crate) use understand::Understood;
 
 use crate::package::Package;
@@ -45,6 +47,8 @@ pub struct OpenRequest {
     pub snapshot: Option<String>,
     /// Of that snapshot open the machine state, as a disk of its length, instead of the disk.
     pub machine_state: bool,
+    /// Where to look first for a parent that an image knows by its identity only.
+    pub parents: Vec<PathBuf>,
     /// Open the images it is backed by. Without them, absent bytes read as zeros.
     pub backing: bool,
     /// Pass discards on to the host.
@@ -78,6 +82,7 @@ impl OpenRequest {
             limits: Limits::default(),
             snapshot: None,
             machine_state: false,
+            parents: Vec::new(),
             backing: true,
             unmap: false,
             packages: false,
@@ -175,6 +180,40 @@ pub enum OpenError {
         /// The one the backing image has.
         found: u32,
     },
+    /// A differencing image without its parent.
+    #[error(
+        "a differencing image needs its parent: no image in '{dir}' has the UUID {uuid} (--parent FILE names another place)"
+    )]
+    ParentMissing {
+        /// The parent.
+        uuid: Uuid,
+        /// Where it was looked for.
+        dir: String,
+    },
+    /// The image that was said to be the parent is another one.
+    #[error("its UUID is {found}, must be {wanted}: it is not the parent of the image above")]
+    ParentOther {
+        /// The parent.
+        wanted: Uuid,
+        /// The image.
+        found: Uuid,
+    },
+    /// The parent was written to after the image above was made.
+    #[error(
+        "its UUID of modification is {found}, must be {wanted}: it was changed since, and the data of the image above \
+         fits no longer"
+    )]
+    ParentChanged {
+        /// What the image above names.
+        wanted: Uuid,
+        /// What the parent has.
+        found: Uuid,
+    },
+    /// The image that was said to be the parent has no identity.
+    #[error(
+        "an image in {0} format has no UUID, so it cannot be told whether it is the parent of the image above"
+    )]
+    ParentWithoutIdentity(Format),
     /// The file is not of the format it was said to have.
     #[error("image is not in {0} format")]
     NotInFormat(Format),
