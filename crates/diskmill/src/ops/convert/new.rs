@@ -195,7 +195,7 @@ pub(crate) fn fill_from(
     let reading = Reading {
         source,
         below: None,
-        feed: Feed::Scan(Scanner::new(source, cut)),
+        feed: Feed::Scan(Scanner::new(source, cut, Leave::Nothing)),
         cut,
     };
     fill(plan, builder, reading, job)
