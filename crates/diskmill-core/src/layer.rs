@@ -135,6 +135,17 @@ pub trait LayerMut: Layer {
         ))
     }
 
+    /// Tells an image that knows its backing image by its content which content that has now; it counts from the next
+    /// [`set_backing`](Self::set_backing) on, which need not change the name. Others need not know.
+    fn expect_backing(&self, content_id: Option<u32>) {
+        let _ = content_id;
+    }
+
+    /// Takes a new content id now instead of at the first change, durably, where the format keeps one.
+    fn renew_content_id(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Its internal snapshots, if the format has them.
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         None

@@ -502,7 +502,8 @@ pub fn with_key(text: &[u8], key: &str, value: Option<&str>, after: &str) -> Vec
         name.is_some_and(|name| name.trim_ascii().eq_ignore_ascii_case(key.as_bytes()))
     };
     let there = text.split(|byte| *byte == b'\n').any(|line| is(line, key));
-    let written = value.map(|value| format!("{key}={value}").into_bytes());
+    let equals = if key.starts_with("ddb.") { " = " } else { "=" };
+    let written = value.map(|value| format!("{key}{equals}{value}").into_bytes());
     let mut lines: Vec<Vec<u8>> = Vec::new();
     for line in text.split(|byte| *byte == b'\n') {
         let end: &[u8] = if line.ends_with(b"\r") { b"\r" } else { b"" };

@@ -13,6 +13,7 @@
 //!
 //! A descriptor is a file of its own, or inside of the one SPARSE file it is about. All integers are little-endian.
 
+mod check;
 mod create;
 pub mod descriptor;
 mod facts;
@@ -22,10 +23,14 @@ pub mod layout;
 pub mod map;
 mod measure;
 pub mod options;
+mod resize;
 mod sparse;
+mod tables;
+mod write;
 
 pub use layer::VmdkLayer;
 pub use sparse::PlaceError;
+pub use tables::TableError;
 
 use std::sync::Arc;
 
@@ -273,21 +278,21 @@ impl Parsed for VmdkImage {
         Ok(Arc::new(layer::attach(*self, files, how)?))
     }
 
-    fn attach_mut(self: Box<Self>, _files: FilesMut, _how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
-        Err(unsupported("writing to vmdk images is not supported yet"))
+    fn attach_mut(self: Box<Self>, files: FilesMut, how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
+        Ok(Arc::new(write::attach(*self, files, how)?))
     }
 
-    fn check(self: Box<Self>, _files: Files, _how: &OpenSpec, _job: Job<'_>) -> Result<CheckReport> {
-        Err(unsupported("checking vmdk images is not supported yet"))
+    fn check(self: Box<Self>, files: Files, _how: &OpenSpec, job: Job<'_>) -> Result<CheckReport> {
+        check::check(&self, files, job)
     }
 
     fn repair(
         self: Box<Self>,
-        _files: FilesMut,
+        files: FilesMut,
         _how: &OpenSpec,
-        _what: Repair,
-        _job: Job<'_>,
+        what: Repair,
+        job: Job<'_>,
     ) -> Result<CheckReport> {
-        Err(unsupported("repairing vmdk images is not supported yet"))
+        check::repair(&self, files, what, job)
     }
 }

@@ -3,7 +3,7 @@
 mod flat;
 mod sparse;
 mod stream;
-pub(super) mod text;
+mod text;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,7 +14,8 @@ use diskmill_core::{
 };
 
 use super::options::{Plan, Subformat};
-pub(super) use sparse::{Front, TEXT_SECTORS};
+pub(super) use sparse::{Front, TEXT_SECTORS, full};
+pub(super) use text::cylinders;
 
 /// See [`Driver::outputs`](diskmill_core::Driver::outputs).
 pub(super) fn outputs(spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
