@@ -85,6 +85,8 @@ pub struct Facts {
     pub virtual_size: u64,
     /// The step in which it allocates (cluster, grain, block), if it has one.
     pub unit: Option<u64>,
+    /// The step in which it tells what it holds from what it leaves to the layer below, if that is less than `unit`.
+    pub granule: Option<u64>,
     /// Whether guest data is encrypted.
     pub encrypted: bool,
     /// Whether all data is stored compressed (`None`: not known without looking).
@@ -120,6 +122,7 @@ impl Facts {
             format,
             virtual_size,
             unit: None,
+            granule: None,
             encrypted: false,
             compressed: None,
             dirty: false,

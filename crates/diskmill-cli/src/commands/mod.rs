@@ -19,6 +19,7 @@ use crate::ui::{Mode, Ui};
 
 mod amend;
 mod check;
+mod commit;
 mod compact;
 mod compare;
 mod completions;
@@ -31,6 +32,7 @@ mod map;
 mod measure;
 mod ova;
 mod package;
+mod rebase;
 mod resize;
 mod snapshot;
 
@@ -89,6 +91,7 @@ impl Spec {
 
 /// All commands, in the order of the help.
 pub static COMMANDS: &[Spec] = &[
+pub static COMMANDS: [Spec; 17] = [
     Spec::of::<create::CreateArgs>(true),
     Spec::of::<info::InfoArgs>(true),
     Spec::of::<convert::ConvertArgs>(true),
@@ -101,24 +104,18 @@ pub static COMMANDS: &[Spec] = &[
     Spec::of::<amend::AmendArgs>(true),
     Spec::of::<compact::CompactArgs>(false),
     Spec::of::<ova::OvaArgs>(false),
+    Spec::of::<commit::CommitArgs>(true),
+    Spec::of::<rebase::RebaseArgs>(true),
     Spec::of::<demo::DemoArgs>(false),
     Spec::of::<completions::CompletionsArgs>(false),
     Spec::of::<man::ManArgs>(false),
 ];
 
 /// Commands of `qemu-img` that are known by name only.
-pub const LATER: &[(&str, &str)] = &[
+pub const LATER: [(&str, &str); 3] = [
     ("bench", "Measure the speed of an image (not supported yet)"),
     ("bitmap", "Change dirty bitmaps of an image (not supported yet)"),
-    (
-        "commit",
-        "Merge an overlay into its backing image (not supported yet)",
-    ),
     ("dd", "Copy a part of an image (not supported yet)"),
-    (
-        "rebase",
-        "Change the backing image of an image (not supported yet)",
-    ),
 ];
 
 /// The command called `name`.

@@ -48,6 +48,10 @@ fn open_text(open: &OpenError, name: Option<&str>) -> String {
         OpenError::Backing(inner) => format!("Could not open backing file: {}", text(inner, None)),
         OpenError::DataFile(inner) => text(inner, None),
         OpenError::NotInFormat(format) => format!("Image is not in {format} format"),
+        OpenError::NoBacking => "Image does not have a backing file".to_owned(),
+        OpenError::NotInChain { name, image } => {
+            format!("Did not find '{name}' in the backing chain of '{image}'")
+        }
         OpenError::Loop(file) => format!("Backing file '{file}' creates an infinite loop."),
         OpenError::NotADevice => {
             let name = name.unwrap_or_default();

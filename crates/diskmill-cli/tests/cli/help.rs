@@ -13,6 +13,8 @@ const COMMANDS: &[&str] = &[
     "measure",
     "compare",
     "resize",
+    "commit",
+    "rebase",
     "amend",
     "snapshot",
     "compact",

@@ -148,6 +148,9 @@ impl Qcow2Image {
         };
         let mut facts = Facts::new(Format::Qcow2, header.virtual_size());
         facts.unit = Some(header.cluster_bits.cluster_size());
+        facts.granule = header
+            .extended_l2()
+            .then(|| 1 << header.geometry().granule_bits());
         facts.encrypted = header.crypt_method != CryptMethod::None;
         facts.dirty = header.incompatible.has(Incompatible::DIRTY);
         facts.corrupt = header.incompatible.has(Incompatible::CORRUPT);

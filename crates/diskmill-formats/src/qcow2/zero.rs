@@ -10,9 +10,6 @@ use super::slot::{Place, Slot, all, mask};
 use super::tables::{Reclaim, Tables};
 use super::write::Image;
 
-/// Zeros written at once where there is no better way.
-const ZEROS: usize = 64 << 10;
-
 /// What the tables could do for a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Done {
@@ -49,18 +46,11 @@ impl Image {
         Ok(true)
     }
 
-    /// Writes zeros as data.
+    /// Writes zeros as data to a part of one cluster: in one piece, so that nothing of the layer below is copied around
+    /// them if they are the whole of it.
     fn write_zeros(&self, range: Range<u64>, below: &Chain) -> Result<()> {
-        let zeros = [0; ZEROS];
-        let mut at = range.start;
-        while at < range.end {
-            let len = usize::try_from(range.end - at).unwrap_or(ZEROS).min(ZEROS);
-            if let Some(part) = zeros.get(..len) {
-                self.write_held(GuestOffset::new(at), part, below)?;
-            }
-            at += len as u64;
-        }
-        Ok(())
+        let len = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(0);
+        self.write_held(GuestOffset::new(range.start), &vec![0; len], below)
     }
 
     /// Zeros `range`, whose clusters are held. It may end past the end of the disk, in its last cluster.

@@ -35,6 +35,15 @@ pub(crate) struct Backing {
     pub(crate) format: Option<String>,
 }
 
+/// An image that is to be changed, before what it is backed by is opened.
+#[derive(Debug)]
+pub(super) struct TopMut {
+    pub(super) layer: Arc<dyn LayerMut>,
+    pub(super) node: Node,
+    pub(super) next: Option<Backing>,
+    pub(super) warnings: Vec<OpenWarning>,
+}
+
 impl<'a> Opener<'a> {
     pub(crate) fn new(request: &'a OpenRequest) -> Self {
         Self {
@@ -56,6 +65,22 @@ impl<'a> Opener<'a> {
     }
 
     pub(crate) fn image_mut(mut self) -> Result<ImageMut> {
+        let top = self.top_mut()?;
+        let mut below = Image {
+            chain: Chain::default(),
+            nodes: vec![top.node],
+        };
+        self.open_below(top.next, &mut below)?;
+        Ok(ImageMut {
+            top: top.layer,
+            below: below.chain,
+            nodes: below.nodes,
+            warnings: top.warnings,
+        })
+    }
+
+    /// Opens the image that was asked for for changing in place, and nothing it is backed by.
+    pub(super) fn top_mut(&mut self) -> Result<TopMut> {
         let request = self.request;
         let mut warnings = self.warnings();
         if request.spec.settings.read_only == Some(true) {
@@ -66,25 +91,30 @@ impl<'a> Opener<'a> {
         }
         let top = self.understand_top(Access::Write, false)?;
         let next = self.backing_of(&top, &request.spec)?;
-        let guessed = top.probed && top.driver.format() == Format::Raw;
-        let (mut layer, node) = self.attach_mut(top)?;
-        if guessed {
-            layer = Arc::new(Guarded::new(layer));
-            warnings.push(OpenWarning::GuessedRaw {
-                name: node.filename.to_string(),
-            });
-        }
-        let mut below = Image {
-            chain: Chain::default(),
-            nodes: vec![node],
-        };
-        self.open_below(next, &mut below)?;
-        Ok(ImageMut {
-            top: layer,
-            below: below.chain,
-            nodes: below.nodes,
+        let (layer, node) = self.attach_guarded(top, &mut warnings)?;
+        Ok(TopMut {
+            layer,
+            node,
+            next,
             warnings,
         })
+    }
+
+    /// Opens an image for changing. If its format was guessed to be raw, it stays raw.
+    pub(super) fn attach_guarded(
+        &self,
+        image: Understood,
+        warnings: &mut Vec<OpenWarning>,
+    ) -> Result<(Arc<dyn LayerMut>, Node)> {
+        let guessed = image.probed && image.driver.format() == Format::Raw;
+        let (layer, node) = self.attach_mut(image)?;
+        if !guessed {
+            return Ok((layer, node));
+        }
+        warnings.push(OpenWarning::GuessedRaw {
+            name: node.filename.to_string(),
+        });
+        Ok((Arc::new(Guarded::new(layer)), node))
     }
 
     /// What the request itself should be remarked on.
@@ -111,7 +141,7 @@ impl<'a> Opener<'a> {
     }
 
     /// Opens an image that another one is backed by and understands its header.
-    pub(crate) fn understand_backing(&mut self, backing: &Backing) -> Result<Understood> {
+    pub(crate) fn understand_backing(&mut self, backing: &Backing, place: Place) -> Result<Understood> {
         let path = backing.spec.path();
         if self.seen.len() >= self.request.limits.chain_depth {
             let error = OpenError::TooDeep(self.request.limits.chain_depth);
@@ -120,7 +150,7 @@ impl<'a> Opener<'a> {
         let next = Understood::open(
             &backing.spec,
             backing.format.as_deref(),
-            Place::Backing,
+            place,
             self.request,
             false,
         )
@@ -216,7 +246,7 @@ impl<'a> Opener<'a> {
     }
 
     /// Opens what is below the last layer of `image` and appends it.
-    fn open_below(&mut self, first: Option<Backing>, image: &mut Image) -> Result<()> {
+    pub(super) fn open_below(&mut self, first: Option<Backing>, image: &mut Image) -> Result<()> {
         let mut layers: Vec<Arc<dyn Layer>> = image.chain.layers().to_vec();
         let mut next = first;
         while let Some(backing) = next {
@@ -229,12 +259,27 @@ impl<'a> Opener<'a> {
                 Ok(((layer, node), next))
             });
             let ((layer, node), further) = opened.map_err(|error| in_chain(error, &image.nodes))?;
+            let opened = self.open_backing(&backing, image.nodes.last());
+            let (layer, node, further) = opened.map_err(|error| in_chain(error, &image.nodes))?;
             layers.push(layer);
             image.nodes.push(node);
             next = further;
         }
         image.chain = Chain::new(layers);
         Ok(())
+    }
+
+    /// Opens what `above` is backed by, for reading, and says what that is backed by.
+    pub(super) fn open_backing(
+        &mut self,
+        backing: &Backing,
+        above: Option<&Node>,
+    ) -> Result<(Arc<dyn Layer>, Node, Option<Backing>)> {
+        let understood = self.understand_backing(backing, Place::Backing)?;
+        let next = self.backing_of(&understood, &backing.spec)?;
+        let (layer, node) = self.attach(understood)?;
+        check_content(above, &layer).map_err(|error| error.op("open").path(backing.spec.path()))?;
+        Ok((layer, node, next))
     }
 
     fn attach(&self, image: Understood) -> Result<(Arc<dyn Layer>, Node)> {
@@ -373,7 +418,7 @@ impl Understood {
 }
 
 /// Whether `below` has the content that the image `above` was made for, where both keep count of that.
-fn check_content(above: Option<&Node>, below: &Arc<dyn Layer>) -> Result<()> {
+pub(super) fn check_content(above: Option<&Node>, below: &Arc<dyn Layer>) -> Result<()> {
     let wanted = above.and_then(|node| node.facts.backing_content_id);
     match (wanted, below.content_id()) {
         (Some(wanted), Some(found)) if wanted != found => Err(Error::new(
@@ -393,7 +438,7 @@ fn beside(from: &Path, name: &str) -> PathBuf {
 }
 
 /// Says of an error with a backing image which images it kept from being opened: `above`, overlay first.
-fn in_chain(error: Error, above: &[Node]) -> Error {
+pub(super) fn in_chain(error: Error, above: &[Node]) -> Error {
     above.iter().rev().fold(error, |error, node| {
         let path = node
             .files

@@ -5,6 +5,7 @@
 mod chain;
 mod guard;
 mod parent;
+mod merge;
 mod understand;
 
 use std::ffi::{OsStr, OsString};
@@ -16,9 +17,12 @@ use std::sync::Arc;
 use diskmill_core::{Access, Chain, Error, Facts, Format, LayerMut, Limits, Result, StorageMut};
 use diskmill_storage::{CacheMode, File, FileId};
 
+pub use merge::{Base, ChainMut, base_from_here, chain_mut};
+
 pub(crate) use chain::Opener;
 pub use parent::Uuid;
 pub(crate) use understand::Understood;
+pub(crate) use understand::{Place, Understood};
 
 use crate::package::Package;
 use crate::policy::References;
@@ -109,6 +113,16 @@ pub struct Image {
     pub chain: Chain,
     /// What is known of each layer, in the order of the chain.
     pub nodes: Vec<Node>,
+}
+
+impl Image {
+    /// No image at all: a disk without a byte.
+    pub(crate) fn none() -> Self {
+        Self {
+            chain: Chain::default(),
+            nodes: Vec::new(),
+        }
+    }
 }
 
 /// A disk open for changing in place.
@@ -245,6 +259,17 @@ pub enum OpenError {
     /// Writing these bytes to a disk whose format was guessed to be raw would make it look like another format.
     #[error("the format was guessed to be raw, and these bytes at its start would make it {0}")]
     WouldChangeFormat(Format),
+    /// It is backed by nothing.
+    #[error("the image has no backing file")]
+    NoBacking,
+    /// No image of this name is among those it is backed by.
+    #[error("'{name}' is not among the images that '{image}' is backed by")]
+    NotInChain {
+        /// The name.
+        name: String,
+        /// The image.
+        image: String,
+    },
     /// The user said it is a block device.
     #[error("it is no block device")]
     NotADevice,

@@ -43,6 +43,8 @@ pub(crate) enum Place {
     Top(Access),
     /// An image below it.
     Backing,
+    /// An image below it that is to be changed.
+    Base,
 }
 
 impl Understood {
@@ -64,6 +66,7 @@ impl Understood {
         let access = match place {
             Place::Top(access) => access,
             Place::Backing => Access::Read,
+            Place::Base => Access::Write,
         };
         let mut wanted = spec.file.clone();
         wanted.device |= named == Some("host_device");

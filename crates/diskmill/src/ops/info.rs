@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use diskmill_core::{Access, Error, Reference, Result, Role, SECTOR, SnapshotFacts, Storage, Value};
 use diskmill_storage::File;
 
-use crate::open::{OpenError, OpenRequest, Opener, Understood, resolve_name};
+use crate::open::{OpenError, OpenRequest, Opener, Place, Understood, resolve_name};
 use crate::spec::ImageSpec;
 
 /// What `info` shows of one image, or of one of its files.
@@ -74,7 +74,7 @@ pub fn gather(request: &OpenRequest, backing_chain: bool) -> Result<Vec<ImageInf
         };
         infos.push(describe(&opener, image)?);
         image = match next {
-            Some(backing) => opener.understand_backing(&backing)?,
+            Some(backing) => opener.understand_backing(&backing, Place::Backing)?,
             None => return Ok(infos),
         };
     }

@@ -2,6 +2,7 @@
 
 pub mod amend;
 pub mod check;
+pub mod commit;
 pub mod compact;
 pub mod compare;
 pub mod convert;
@@ -9,5 +10,6 @@ pub mod create;
 pub mod info;
 pub mod map;
 pub mod measure;
+pub mod rebase;
 pub mod resize;
 pub mod snapshot;

@@ -28,9 +28,13 @@ pub use diskmill_storage::InPlace;
 pub use package::{PackagePlan, Packed, run_package};
 pub use plan::{ExistingImage, Input, NewImage, Output, Plan};
 
+pub(crate) use existing::Transfer;
+pub(crate) use leave::{Leave, Other};
+pub(crate) use sink::Existing;
+pub(crate) use source::{Cut, Source};
+
 use input::Opened;
 use lane::Lane;
-use source::Cut;
 
 /// What a conversion did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

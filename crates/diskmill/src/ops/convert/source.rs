@@ -9,6 +9,7 @@ use diskmill_core::{
     Chain, Error, ErrorKind, GuestOffset, HostRun, HostSpan, Layer, Resolved, Result, Run, SECTOR, State,
 };
 
+use super::CHUNK;
 use super::leave::Leave;
 
 /// Disks one behind the other. Each is as long as its size rounded up to a sector.
@@ -206,6 +207,21 @@ pub(crate) struct Cut {
     pub(crate) offload: bool,
     /// What cannot be mapped is treated as data, so that reading it fails in detail.
     pub(crate) salvage: bool,
+}
+
+impl Cut {
+    /// A source cut in steps of `step` bytes for an image that exists. Zeros among data that are fewer than `shortest`
+    /// bytes are data like any other.
+    pub(crate) fn plain(step: u64, shortest: u64) -> Self {
+        Self {
+            step,
+            chunk: CHUNK.next_multiple_of(step),
+            shortest,
+            keep_zeros: false,
+            offload: false,
+            salvage: false,
+        }
+    }
 }
 
 /// Segments of a chunk at most: bounds the memory and the time of its turn in a disk of tiny runs.

@@ -189,6 +189,9 @@ impl<'l, 'a> Worker<'l, 'a> {
                 }
             };
             let place = |at: u64| offset + to_usize(at - range.start);
+            if let Some(chain) = self.lane.unless {
+                self.other.read(chain, range)?;
+            }
             let mut at = range.start;
             let mut zeros_from = None;
             while at < range.end {
@@ -199,10 +202,10 @@ impl<'l, 'a> Worker<'l, 'a> {
                     .bytes()
                     .get(from..from.saturating_add(to_usize(step)))
                     .ok_or_else(out_of_buffer)?;
-                let same = match self.lane.unless {
-                    Some(chain) => self.other.is_same(chain, at, bytes, end - at)?,
-                    None => false,
-                };
+                let same = self.lane.unless.is_some()
+                    && self
+                        .other
+                        .has(to_usize(at - range.start), bytes, to_usize(end - at));
                 if !same && !self.lane.cut.keep_zeros && is_zero(bytes) {
                     zeros_from.get_or_insert(at);
                     at = end;
@@ -349,11 +352,16 @@ struct Other {
 }
 
 impl Other {
-    /// Whether the first `len` of `bytes` are what `chain` has at `at`.
-    fn is_same(&mut self, chain: &Chain, at: u64, bytes: &[u8], len: u64) -> Result<bool> {
-        let buf = self.buffer.sized(to_usize(len));
-        chain.read_at(GuestOffset::new(at), buf)?;
-        Ok(bytes.get(..buf.len()) == Some(&*buf))
+    /// Reads `range` of `chain`.
+    fn read(&mut self, chain: &Chain, range: &Range<u64>) -> Result<()> {
+        let buf = self.buffer.sized(to_usize(range.end - range.start));
+        chain.read_at(GuestOffset::new(range.start), buf)
+    }
+
+    /// Whether the `len` bytes at `at` of what was read are those that `bytes` starts with.
+    fn has(&self, at: usize, bytes: &[u8], len: usize) -> bool {
+        let mine = self.buffer.bytes().get(at..at.saturating_add(len));
+        mine.is_some() && mine == bytes.get(..len)
     }
 }
 
