@@ -26,7 +26,10 @@ const COMMANDS: &[&str] = &[
 ];
 
 fn shared() -> impl Iterator<Item = &'static str> {
-    COMMANDS.iter().copied().take_while(|command| *command != "compact")
+    COMMANDS
+        .iter()
+        .copied()
+        .take_while(|command| *command != "compact")
 }
 
 #[test]
