@@ -91,7 +91,6 @@ impl Spec {
 
 /// All commands, in the order of the help.
 pub static COMMANDS: &[Spec] = &[
-pub static COMMANDS: [Spec; 17] = [
     Spec::of::<create::CreateArgs>(true),
     Spec::of::<info::InfoArgs>(true),
     Spec::of::<convert::ConvertArgs>(true),
@@ -112,7 +111,7 @@ pub static COMMANDS: [Spec; 17] = [
 ];
 
 /// Commands of `qemu-img` that are known by name only.
-pub const LATER: [(&str, &str); 3] = [
+pub const LATER: &[(&str, &str)] = &[
     ("bench", "Measure the speed of an image (not supported yet)"),
     ("bitmap", "Change dirty bitmaps of an image (not supported yet)"),
     ("dd", "Copy a part of an image (not supported yet)"),
