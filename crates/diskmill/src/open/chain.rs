@@ -250,15 +250,6 @@ impl<'a> Opener<'a> {
         let mut layers: Vec<Arc<dyn Layer>> = image.chain.layers().to_vec();
         let mut next = first;
         while let Some(backing) = next {
-            let opened = self.understand_backing(&backing).and_then(|understood| {
-                let next = self.backing_of(&understood, &backing.spec)?;
-                let (layer, node) = self.attach(understood)?;
-                check_content(image.nodes.last(), &layer)
-                    .and_then(|()| check_identity(image.nodes.last(), &node))
-                    .map_err(|error| error.op("open").path(backing.spec.path()))?;
-                Ok(((layer, node), next))
-            });
-            let ((layer, node), further) = opened.map_err(|error| in_chain(error, &image.nodes))?;
             let opened = self.open_backing(&backing, image.nodes.last());
             let (layer, node, further) = opened.map_err(|error| in_chain(error, &image.nodes))?;
             layers.push(layer);
@@ -278,7 +269,7 @@ impl<'a> Opener<'a> {
         let understood = self.understand_backing(backing, Place::Backing)?;
         let next = self.backing_of(&understood, &backing.spec)?;
         let (layer, node) = self.attach(understood)?;
-        check_content(above, &layer).map_err(|error| error.op("open").path(backing.spec.path()))?;
+        check_below(above, &layer, &node).map_err(|error| error.op("open").path(backing.spec.path()))?;
         Ok((layer, node, next))
     }
 
@@ -418,7 +409,7 @@ impl Understood {
 }
 
 /// Whether `below` has the content that the image `above` was made for, where both keep count of that.
-pub(super) fn check_content(above: Option<&Node>, below: &Arc<dyn Layer>) -> Result<()> {
+fn check_content(above: Option<&Node>, below: &Arc<dyn Layer>) -> Result<()> {
     let wanted = above.and_then(|node| node.facts.backing_content_id);
     match (wanted, below.content_id()) {
         (Some(wanted), Some(found)) if wanted != found => Err(Error::new(
@@ -435,6 +426,11 @@ fn beside(from: &Path, name: &str) -> PathBuf {
         Some(dir) => dir.join(name),
         None => name.into(),
     }
+}
+
+/// Fails if `layer` is not the image that the one above it was made over.
+pub(super) fn check_below(above: Option<&Node>, layer: &Arc<dyn Layer>, node: &Node) -> Result<()> {
+    check_content(above, layer).and_then(|()| check_identity(above, node))
 }
 
 /// Says of an error with a backing image which images it kept from being opened: `above`, overlay first.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use diskmill_core::{Chain, Error, ErrorKind, Layer, LayerMut, Result};
 
-use super::chain::{Backing, Opener, check_content, in_chain};
+use super::chain::{Backing, Opener, check_below, in_chain};
 use super::understand::Place;
 use super::{Image, Node, OpenError, OpenRequest, OpenWarning, resolve_name};
 
@@ -85,7 +85,7 @@ impl Opener<'_> {
                     let next = self.backing_of(&base, &backing.spec)?;
                     let (layer, node) = self.attach_guarded(base, &mut opened.warnings)?;
                     let seen: Arc<dyn Layer> = layer.clone();
-                    check_content(nodes.last(), &seen)
+                    check_below(nodes.last(), &seen, &node)
                         .map_err(|error| error.op("open").path(backing.spec.path()))?;
                     Ok((layer, node, next))
                 });

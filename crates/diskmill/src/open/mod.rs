@@ -4,8 +4,8 @@
 
 mod chain;
 mod guard;
-mod parent;
 mod merge;
+mod parent;
 mod understand;
 
 use std::ffi::{OsStr, OsString};
@@ -21,7 +21,6 @@ pub use merge::{Base, ChainMut, base_from_here, chain_mut};
 
 pub(crate) use chain::Opener;
 pub use parent::Uuid;
-pub(crate) use understand::Understood;
 pub(crate) use understand::{Place, Understood};
 
 use crate::package::Package;

@@ -26,7 +26,7 @@ use diskmill_core::{Error, ErrorKind, Job, Result};
 pub use diskmill_storage::InPlace;
 
 pub use package::{PackagePlan, Packed, run_package};
-pub use plan::{ExistingImage, Input, NewImage, Output, Plan};
+pub use plan::{ExistingImage, Extract, Input, NewImage, Output, Plan};
 
 pub(crate) use existing::Transfer;
 pub(crate) use leave::{Leave, Other};

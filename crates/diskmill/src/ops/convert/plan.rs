@@ -32,6 +32,8 @@ pub struct Plan {
     pub rate: Option<NonZeroU64>,
     /// What must hold when it is done.
     pub durability: Durability,
+    /// Copy only this of the one source there is (`dd`).
+    pub extract: Option<Extract>,
     /// Copy dirty bitmaps too (`--bitmaps`).
     pub bitmaps: bool,
 }
@@ -48,10 +50,23 @@ impl Plan {
             offload: false,
             salvage: false,
             rate: None,
+            extract: None,
             durability: Durability::Synced,
             bitmaps: false,
         }
     }
+}
+
+/// A part of a disk that is to be copied as a disk of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extract {
+    /// Bytes to leave out at the start.
+    pub skip: u64,
+    /// Bytes to copy at most; `None` for all there are.
+    pub len: Option<u64>,
+    /// Bytes of the new disk: what is not copied is zeros, and what does not fit is left out. `None` for as many as are
+    /// copied.
+    pub size: Option<u64>,
 }
 
 /// Where data comes from.

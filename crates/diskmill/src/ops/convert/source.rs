@@ -11,6 +11,7 @@ use diskmill_core::{
 
 use super::CHUNK;
 use super::leave::Leave;
+use super::plan::Extract;
 
 /// Disks one behind the other. Each is as long as its size rounded up to a sector.
 #[derive(Debug)]
@@ -84,14 +85,17 @@ impl Source {
     /// `extract` of the first disk, as a disk.
     pub(crate) fn extract(mut self, extract: Extract) -> Result<Self> {
         self.parts.truncate(1);
-        self.size = extract
-            .size
-            .checked_next_multiple_of(SECTOR)
-            .ok_or_else(|| Error::new(ErrorKind::Usage, "the size does not fit in 64 bits"))?;
         if let Some(part) = self.parts.first_mut() {
-            let end = part.chain.virtual_size();
-            let start = extract.skip.min(end);
-            part.bytes = start..start.saturating_add(extract.len.min(extract.size)).min(end);
+            let start = extract.skip.min(part.bytes.end);
+            let len = (part.bytes.end - start)
+                .min(extract.len.unwrap_or(u64::MAX))
+                .min(extract.size.unwrap_or(u64::MAX));
+            part.bytes = start..start + len;
+            self.size = extract
+                .size
+                .unwrap_or(len)
+                .checked_next_multiple_of(SECTOR)
+                .ok_or_else(|| Error::new(ErrorKind::Usage, "the size does not fit in 64 bits"))?;
             part.range = 0..self.size;
         }
         Ok(self)
@@ -139,17 +143,6 @@ impl Part {
         at.saturating_sub(self.range.start)
             .saturating_add(self.bytes.start)
     }
-}
-
-/// A part of a disk that is to be copied as a disk of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extract {
-    /// Bytes to leave out at the start.
-    pub skip: u64,
-    /// Bytes to copy at most.
-    pub len: u64,
-    /// Bytes of the new disk; what is not copied is zeros.
-    pub size: u64,
 }
 
 /// A run of the source with one origin.
