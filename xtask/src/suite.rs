@@ -1,5 +1,6 @@
 //! Running the tests.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 
 use crate::command::{Failed, cargo, look};
@@ -96,28 +97,60 @@ pub fn soak(args: &[String]) -> Result<(), Failed> {
     let peers = peers::install()?;
     let started = std::time::Instant::now();
     let mut rounds = 0;
+    let mut figures = BTreeMap::new();
     while rounds == 0 || started.elapsed().as_secs() < minutes * 60 {
         eprintln!(
             "soak: round {rounds}, seed {seed}: `cargo xtask soak --minutes 0 --seed {seed}` repeats it"
         );
         let factor = OsString::from("20");
         // Names, not features: what is randomised says so in its name.
-        cargo(["test", "--workspace", "--release", "--", "random"])
+        let (good, lines) = cargo(["test", "--workspace", "--release", "--"])
+            .args(["random", "--nocapture"])
             .env("DISKMILL_SEED", seed.to_string())
             .env("DISKMILL_SOAK", &factor)
             .env("PROPTEST_CASES", "5000")
             .env("DISKMILL_KERNEL", &peers.kernel)
-            .run()?;
+            .run_and_keep()?;
+        add_figures(&mut figures, &lines);
+        if !good {
+            return Err(Failed::new(format!("soak: round {rounds}, seed {seed} failed")));
+        }
         rounds += 1;
         seed = seed.wrapping_add(1);
+    }
+    for (what, count) in figures {
+        println!("soak: {count} {what}");
     }
     println!("soak: {rounds} rounds without a failure");
     Ok(())
 }
 
+/// Adds up the lines `figure: WHAT: COUNT` that tests print.
+fn add_figures(figures: &mut BTreeMap<String, u64>, lines: &[String]) {
+    // A test's name may stand before it.
+    let told = lines.iter().filter_map(|line| line.split_once("figure: "));
+    for (what, count) in told.filter_map(|(_, rest)| rest.rsplit_once(": ")) {
+        *figures.entry(what.to_owned()).or_default() += count.parse().unwrap_or(0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn figures_are_added_up() {
+        let lines = [
+            "figure: a b: 3",
+            "test x ... figure: a b: 4",
+            "figure: c: 1",
+            "other",
+        ]
+        .map(str::to_owned);
+        let mut figures = BTreeMap::new();
+        add_figures(&mut figures, &lines);
+        assert_eq!(figures, [("a b".to_owned(), 7), ("c".to_owned(), 1)].into());
+    }
 
     #[test]
     fn the_closing_line_is_the_runners_own_or_the_sum() {

@@ -8,6 +8,7 @@ pub mod contract;
 pub mod crash;
 pub mod ext4;
 pub mod fault;
+pub mod figures;
 pub mod golden;
 pub mod hash;
 pub mod host;

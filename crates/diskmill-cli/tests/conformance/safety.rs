@@ -112,6 +112,19 @@ const VICTIMS: &[Victim] = &[
         words: "amend -f qcow2 -o compat=0.10 image",
         leaves: Leaves::Image(Effect::Switches),
     },
+    Victim {
+        name: "compact",
+        make: |scratch| {
+            kept(scratch, "cluster_size=2k");
+            oracle::io(
+                scratch.join("image"),
+                "qcow2",
+                ["discard 0 1M", "discard 4M 3M", "write -P 0 9M 1M"],
+            );
+        },
+        words: "compact -f qcow2 image",
+        leaves: Leaves::Image(Effect::Switches),
+    },
 ];
 
 /// What QEMU reads of `image`: the disk, and all snapshots.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use diskmill_core::{ErrorKind, GuestOffset, ZeroHow};
 use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Tale};
 use diskmill_testkit::fault::{Change, Failure, Faults, Journal, Lasting};
+use diskmill_testkit::figures;
 use diskmill_testkit::model::{Model, Op};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
@@ -147,12 +148,6 @@ fn survives(image: &Image, stories: u32) -> Figures {
     figures
 }
 
-/// Tells what was tried, for whoever asks by `--no-capture`.
-#[allow(clippy::print_stderr, reason = "figures for SECURITY.md")]
-fn tell(what: &str, figures: &Figures) {
-    eprintln!("power cuts, {what}: {figures:?}");
-}
-
 #[test]
 fn a_power_cut_at_random_leaks_at_worst() {
     let mut figures = Figures::default();
@@ -170,9 +165,9 @@ fn a_power_cut_at_random_leaks_at_worst() {
         "over longer",
         "subclusters over raw",
     ] {
-        figures += survives(&images::named(name).make(), soak());
+        figures += survives(&images::named(name).make(), soak() + soak() / 2);
     }
-    tell("random operations", &figures);
+    figures::tell_cuts(&figures);
 }
 
 #[test]
@@ -206,15 +201,12 @@ fn a_power_cut_while_the_refcount_table_moves_leaks_at_worst() {
     let tale = play("refcount table", &image, &ops, &journal);
     let end = journal.prefix(journal.len());
     assert_ne!(table(&end), table(&image.files), "the table has moved");
-    tell(
-        "refcount table",
-        &tale.survive(&image, Effort::usual(seed()).times(3)),
-    );
+    figures::tell_cuts(&tale.survive(&image, Effort::usual(seed()).times(3)));
     image.assert_good(&end, &tale.now().disk);
 }
 
 #[test]
-fn a_power_cut_during_one_operation_leaks_at_worst() {
+fn a_power_cut_at_random_during_one_operation_leaks_at_worst() {
     let one = |op: Op| vec![op];
     let tales = [
         one(Op::Resize { size: 100 << 10 }),
@@ -263,7 +255,7 @@ fn a_power_cut_during_one_operation_leaks_at_worst() {
             figures += tale.survive(&image, Effort::usual(seed()).times(soak()));
         }
     }
-    tell("single operations", &figures);
+    figures::tell_cuts(&figures);
 }
 
 /// Plays a story on storages that fail until an operation does, then demands that what is left of the image is sound.
@@ -331,6 +323,7 @@ fn a_call_that_fails_at_random_corrupts_nothing() {
         let image = kind.make();
         let start = subject::picture(&image.files, &image.below).expect("look");
         let mut runner = runner(1, kind.size);
+        let mut runs = 0;
         for number in 0..soak().min(5) {
             let mut ops = story(&kind, &image, &mut runner);
             ops.splice(
@@ -358,6 +351,7 @@ fn a_call_that_fails_at_random_corrupts_nothing() {
                     (Failure::Quota, Lasting::ForGood),
                     (Failure::ShortWrite, Lasting::ForGood),
                 ] {
+                    runs += 1;
                     let faults = Faults::new();
                     faults.fail_at(call, failure, lasting);
                     let failed = fail(&image, &start, &ops, &faults);
@@ -369,6 +363,7 @@ fn a_call_that_fails_at_random_corrupts_nothing() {
                 }
             }
         }
+        figures::tell("failing calls", runs);
     }
 }
 

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskmill_core::{Layer, ZeroHow};
-use diskmill_testkit::contract;
 use diskmill_testkit::model::{Model, Op};
 use diskmill_testkit::sparse_random::mix;
+use diskmill_testkit::{contract, figures};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -127,22 +127,16 @@ fn follow_random(image: &Image, cases: u32, salt: u64, steps: &AtomicU64) {
         .unwrap_or_else(|error| panic!("{kind:?} (DISKMILL_SEED={}): {error}", seed()));
 }
 
-/// Tells how much was done, for whoever asks by `--no-capture`.
-#[allow(clippy::print_stderr, reason = "figures for SECURITY.md")]
-fn tell(what: &str, steps: &AtomicU64) {
-    eprintln!("model, {what}: {} steps", steps.load(Ordering::Relaxed));
-}
-
 #[test]
 fn random_operations_follow_the_model() {
     let steps = AtomicU64::new(0);
     for (salt, kind) in (0..).zip(KINDS) {
         let image = kind.make();
         follow(&image, &[]);
-        let cases = if kind.size > 1 << 20 { 3 } else { 6 };
+        let cases = if kind.size > 1 << 20 { 3 } else { 8 };
         follow_random(&image, cases * soak(), salt, &steps);
     }
-    tell("images of each kind", &steps);
+    figures::tell("model steps", steps.into_inner());
 }
 
 #[test]
@@ -150,7 +144,7 @@ fn random_images_follow_the_model() {
     let steps = AtomicU64::new(0);
     for number in 0..16 * u64::from(soak()) {
         let image = Kind::random(mix(seed()) ^ number).make();
-        follow_random(&image, 2, number, &steps);
+        follow_random(&image, 2 * soak().min(3), number, &steps);
     }
-    tell("images of random kinds", &steps);
+    figures::tell("model steps", steps.into_inner());
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use diskmill_testkit::crash::{Effort, Figures, Tale};
+use diskmill_testkit::figures::tell_cuts;
 
 use super::operations::{OPERATIONS, seed, soak};
 use super::world::{Operation, Outcome, Recorded, Recorder, World};
@@ -36,19 +37,11 @@ fn survive(operation: &Operation) -> Figures {
     tale.survive(&Recorded { names, first }, effort)
 }
 
-/// Tells what was tried, for whoever asks by `--no-capture`.
-#[allow(clippy::print_stderr, reason = "figures for SECURITY.md")]
-fn tell(what: &str, figures: &Figures) {
-    eprintln!("power cuts, {what}: {figures:?}");
-}
-
 #[test]
 fn a_power_cut_at_random_in_an_operation_loses_nothing() {
     let mut all = Figures::default();
     for operation in OPERATIONS {
-        let figures = survive(operation);
-        tell(operation.name, &figures);
-        all += figures;
+        all += survive(operation);
     }
-    tell("operations", &all);
+    tell_cuts(&all);
 }

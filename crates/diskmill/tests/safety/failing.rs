@@ -1,10 +1,12 @@
 //! Calls that fail in the middle of operations.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use diskmill_core::ErrorKind;
 use diskmill_testkit::crash::Tale;
 use diskmill_testkit::fault::{Failure, Faults, Journal, Lasting};
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use diskmill_testkit::figures::tell;
 
 use super::operations::{OPERATIONS, soak};
 use super::world::{Disturber, Operation, Outcome, Recorded, World};
@@ -86,10 +88,8 @@ fn fail(operation: &Operation) -> u64 {
 }
 
 #[test]
-#[allow(clippy::print_stderr, reason = "figures for SECURITY.md")]
 fn a_call_that_fails_at_random_loses_nothing() {
     for operation in OPERATIONS {
-        let runs = fail(operation);
-        eprintln!("failing calls, {}: {runs} runs", operation.name);
+        tell("failing calls", fail(operation));
     }
 }

@@ -2,12 +2,13 @@
 
 use diskmill::open::OpenRequest;
 use diskmill::ops::amend::{self, AmendRequest};
+use diskmill::ops::compact;
 use diskmill::ops::convert::{self, ExistingImage, Input, NewImage, Output, Plan};
 use diskmill::ops::create::{self, CreateRequest};
 use diskmill::ops::resize::{self, NewSize, Preallocation, ResizeRequest};
 use diskmill::ops::snapshot::{self, Action};
 use diskmill::spec::ImageSpec;
-use diskmill_core::{Compression, Error, ErrorKind, Job, Options, Result};
+use diskmill_core::{CompactSpec, Compression, Error, ErrorKind, Job, Options, Result};
 use diskmill_testkit::crash::Effect;
 use diskmill_testkit::{Scratch, oracle};
 
@@ -91,6 +92,29 @@ fn change(world: &World, action: Action) -> Result<()> {
 fn amend(world: &World, options: &str) -> Result<()> {
     let request = AmendRequest::new(world.request("image"), Options::parse(options));
     amend::run(&request, &mut |_| {}, Job::silent())
+}
+
+/// Leaves room at the start of `image`, and space that nothing refers to.
+fn scatter(scratch: &Scratch) {
+    let steps = [
+        "write -P 7 200k 90k",
+        "discard 16k 48k",
+        "discard 128k 32k",
+        "write -P 0 232k 16k",
+        "write -P 8 256k 8k",
+    ];
+    oracle::io(scratch.join("image"), "qcow2", steps);
+}
+
+fn scattered(scratch: &Scratch, options: &str) {
+    used(scratch, options);
+    scatter(scratch);
+}
+
+fn compact(world: &World, compress: Option<Compression>) -> Result<()> {
+    let mut spec = CompactSpec::default();
+    spec.compress = compress;
+    compact::run(&world.request("image"), &spec, false, Job::silent()).map(drop)
 }
 
 const SWITCHES: Outcome = Outcome::InPlace(Effect::Switches);
@@ -203,6 +227,59 @@ pub const OPERATIONS: &[Operation] = &[
         name: "amend the size",
         make: |scratch| used(scratch, "cluster_size=512"),
         run: |world| amend(world, "size=9M"),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "compact",
+        make: |scratch| scattered(scratch, "cluster_size=4k"),
+        run: |world| compact(world, None),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "compact, small clusters with lazy refcounts",
+        make: |scratch| scattered(scratch, "cluster_size=512,lazy_refcounts=on,refcount_bits=64"),
+        run: |world| compact(world, None),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "compact with snapshots",
+        make: |scratch| {
+            kept(scratch, "cluster_size=2k");
+            scatter(scratch);
+        },
+        run: |world| compact(world, None),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "compact subclusters",
+        make: |scratch| scattered(scratch, "cluster_size=16k,extended_l2=on"),
+        run: |world| compact(world, None),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "compact version 2, compressing",
+        make: |scratch| {
+            kept(scratch, "compat=0.10,cluster_size=4k");
+            scatter(scratch);
+        },
+        run: |world| compact(world, Some(Compression::default())),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "compact, compressing with zstd",
+        make: |scratch| scattered(scratch, "cluster_size=4k,compression_type=zstd"),
+        run: |world| compact(world, Some(Compression::default())),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "compact compressed clusters",
+        make: |scratch| {
+            disk(scratch);
+            let (disk, image) = (scratch.join("disk.raw"), scratch.join("image"));
+            oracle::convert(["-c", "-o", "cluster_size=4k"], disk, "raw", image, "qcow2");
+            scatter(scratch);
+        },
+        run: |world| compact(world, Some(Compression::default())),
         outcome: SWITCHES,
     },
 ];

@@ -3,6 +3,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
+use diskmill_testkit::figures::tell;
 use diskmill_testkit::sparse_random::mix;
 
 use super::{Case, Leaves, VICTIMS, copy};
@@ -10,7 +11,6 @@ use crate::interrupt::signal;
 use crate::tools::{ours, seed, soak};
 
 /// Kills each command some times with signal `name`.
-#[allow(clippy::print_stderr, reason = "figures for SECURITY.md")]
 fn killed(name: &str, number: i32) {
     let mut state = seed() ^ number as u64;
     let (mut runs, mut stopped, mut mended) = (0, 0, 0);
@@ -39,7 +39,9 @@ fn killed(name: &str, number: i32) {
             mended += u64::from(case.judge(&work, &seen));
         }
     }
-    eprintln!("SIG{name}: {runs} runs, {stopped} stopped half way, {mended} images repaired");
+    tell("commands sent a signal", runs);
+    tell("commands stopped half way", stopped);
+    tell("images repaired after a signal", mended);
     assert!(stopped > 0, "no command was stopped half way");
 }
 
