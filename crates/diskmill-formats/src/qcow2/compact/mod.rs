@@ -13,6 +13,7 @@ mod bitmaps;
 mod data;
 mod pack;
 mod reclaim;
+mod room;
 
 mod slide;
 mod work;
@@ -169,7 +170,17 @@ impl Work<'_> {
         if let Some(compression) = spec.compress {
             self.compress(compression.level)?;
         }
-        self.slide()?;
+        let mut used = u64::MAX;
+        loop {
+            self.repack()?;
+            self.slide()?;
+            // Packing and moving may make room for one another.
+            let left = self.refcounts.used(&mut self.fence)?;
+            if left >= used {
+                break;
+            }
+            used = left;
+        }
         self.finish()?;
         self.sweep_data()?;
         Ok(())

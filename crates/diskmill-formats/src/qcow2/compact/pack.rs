@@ -265,23 +265,95 @@ impl Work<'_> {
         Ok(true)
     }
 
-    /// Moves the streams that reach cluster `limit` or beyond to places below.
-    pub(super) fn move_streams(&mut self, limit: u64) -> Result<()> {
-        let tables = self.l2_tables()?;
+    /// All streams whose first and last cluster are `wanted`: where each begins, and ends at the latest. In order.
+    fn streams(&mut self, wanted: impl Fn(u64, u64) -> bool) -> Result<Vec<(u64, u64)>> {
         let mut entries = Vec::new();
-        let mut starts = Vec::new();
-        for (_, table) in &tables {
-            self.read_l2(*table, &mut entries)?;
-            for (_, entry) in entries.drain(..) {
-                if entry.word.is_compressed() && self.touched(entry.word).1 >= limit {
-                    starts.push(entry.word.span(self.geometry).at.get());
+        let mut streams = Vec::new();
+        for (_, table) in self.l2_tables()? {
+            self.read_l2(table, &mut entries)?;
+            for (_, entry) in entries.drain(..).filter(|(_, entry)| entry.word.is_compressed()) {
+                let (first, last) = self.touched(entry.word);
+                if wanted(first, last) {
+                    let span = entry.word.span(self.geometry);
+                    streams.push((span.at.get(), span.end().get()));
                 }
             }
         }
+        streams.sort_unstable();
+        streams.dedup();
+        Ok(streams)
+    }
+
+    /// The clusters below `limit` that hold streams.
+    pub(super) fn packed_clusters(&mut self, limit: u64) -> Result<Vec<u64>> {
+        let bits = self.bits();
+        let mut clusters = Vec::new();
+        for (start, end) in self.streams(|first, _| first < limit)? {
+            clusters.extend(start >> bits..=end.saturating_sub(1) >> bits);
+        }
+        clusters.sort_unstable();
+        clusters.dedup();
+        Ok(clusters)
+    }
+
+    /// Packs streams anew that have few others beside them in their clusters.
+    pub(super) fn repack(&mut self) -> Result<()> {
+        let bits = self.bits();
+        let max = self.refcounts.max();
+        let streams = self.streams(|_, _| true)?;
+        // Clusters, and the bytes of streams in each.
+        let mut fills: Vec<(u64, u64)> = Vec::new();
+        for (index, (start, end)) in streams.iter().enumerate() {
+            let next = streams
+                .get(index.saturating_add(1))
+                .map_or(u64::MAX, |next| next.0);
+            let end = (*end).min(next.max(start.saturating_add(1)));
+            for cluster in start >> bits..=end.saturating_sub(1) >> bits {
+                let from = (*start).max(cluster << bits);
+                let to = end.min(cluster.saturating_add(1) << bits);
+                match fills.last_mut() {
+                    Some((last, bytes)) if *last == cluster => {
+                        *bytes = bytes.saturating_add(to.saturating_sub(from));
+                    }
+                    _ => fills.push((cluster, to.saturating_sub(from))),
+                }
+            }
+        }
+        let cluster = self.cluster();
+        fills.retain(|(_, bytes)| *bytes < cluster / 2);
+        let bytes = fills
+            .iter()
+            .fold(0_u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
+        let mut counted = 0_u64;
+        for (cluster, _) in &fills {
+            counted = counted.saturating_add(self.count(*cluster)?);
+        }
+        // Streams that run over count twice, and the last cluster is not full.
+        let needed = bytes
+            .div_ceil(cluster)
+            .max(counted.saturating_mul(2).div_ceil(max))
+            .saturating_add(2);
+        let sparse: Vec<u64> = fills.into_iter().map(|(cluster, _)| cluster).collect();
+        let held = sparse.len() as u64;
+        if needed.saturating_add(held / 8) >= held {
+            return Ok(());
+        }
+        let is_sparse = |cluster: u64| sparse.binary_search(&cluster).is_ok();
+        self.move_streams(u64::MAX, |first, last| is_sparse(first) || is_sparse(last))
+    }
+
+    /// Moves the streams whose first and last cluster are `wanted` to places below cluster `limit`.
+    pub(super) fn move_streams(&mut self, limit: u64, wanted: impl Fn(u64, u64) -> bool) -> Result<()> {
+        let tables = self.l2_tables()?;
+        let mut entries = Vec::new();
+        let mut starts: Vec<u64> = self
+            .streams(&wanted)?
+            .into_iter()
+            .map(|(start, _)| start)
+            .collect();
         if starts.is_empty() {
             return Ok(());
         }
-        starts.sort_unstable();
         starts.dedup();
         let decoders = Decoders::new(self.header.compression_type, self.geometry);
         let mut packer = Packer::default();
@@ -292,7 +364,7 @@ impl Work<'_> {
             self.read_l2(table, &mut entries)?;
             for (_, entry) in entries.drain(..) {
                 let (first, last) = self.touched(entry.word);
-                if !entry.word.is_compressed() || last < limit {
+                if !entry.word.is_compressed() || !wanted(first, last) {
                     continue;
                 }
                 let new = match moved.get(&entry.word.0).copied() {

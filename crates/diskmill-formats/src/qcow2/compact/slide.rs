@@ -1,6 +1,7 @@
 //! Moving the tail of the file into what is free before it.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use diskmill_core::Result;
 
@@ -9,13 +10,22 @@ use super::reclaim::moved;
 use super::work::{Copied, Work};
 
 /// Rounds after which it is good enough. Each moves something closer to the start, and few are ever needed.
-const ROUNDS: u32 = 32;
+const ROUNDS: u32 = 256;
 
 /// Where the header keeps the offset of the snapshot table.
 const HEADER_SNAPSHOTS_OFFSET_AT: u64 = 64;
 
 /// What clusters that are referred to several times have become, if there was room for them.
 type Shared = HashMap<u64, Option<u64>>;
+
+/// What is moved, and where to.
+#[derive(Clone, Debug)]
+pub(super) struct Push {
+    /// Clusters that are emptied.
+    pub(super) from: Range<u64>,
+    /// The cluster behind the last that things may be moved to.
+    pub(super) below: u64,
+}
 
 impl Work<'_> {
     /// Moves what lies behind the space that all of it needs, until nothing can be moved.
@@ -28,7 +38,7 @@ impl Work<'_> {
             }
             let before = self.report.moved;
             self.round(limit)?;
-            if self.report.moved == before {
+            if self.report.moved == before && !self.make_room(limit)? {
                 break;
             }
         }
@@ -55,12 +65,20 @@ impl Work<'_> {
         self.move_l1_tables(limit)?;
         self.move_bitmap_tables(limit)?;
         self.move_refcount_table(limit)?;
-        self.move_streams(limit)?;
-        self.move_data(limit)?;
-        self.move_bitmap_data(limit)?;
-        self.move_l2_tables(limit)?;
+        self.move_streams(limit, |_, last| last >= limit)?;
+        self.move_singles(&Push {
+            from: limit..u64::MAX,
+            below: limit,
+        })
+    }
+
+    /// Moves what takes one cluster each.
+    pub(super) fn move_singles(&mut self, push: &Push) -> Result<()> {
+        self.move_data(push)?;
+        self.move_bitmap_data(push)?;
+        self.move_l2_tables(push)?;
         self.tidy()?;
-        self.move_refcount_blocks(limit)
+        self.move_refcount_blocks(push)
     }
 
     /// Moves `len` bytes from cluster on at `at`, which exactly the fields `named_at` name.
@@ -144,14 +162,14 @@ impl Work<'_> {
         cluster: u64,
         weight: u64,
         shared: &mut Shared,
-        limit: u64,
+        push: &Push,
     ) -> Result<Option<u64>> {
-        if cluster < limit {
+        if !push.from.contains(&cluster) {
             return Ok(None);
         }
         let count = self.count(cluster)?;
         if count == weight {
-            let Some(new) = self.take_run(1, count, limit)? else {
+            let Some(new) = self.take_run(1, count, push.below)? else {
                 return Ok(None);
             };
             self.copy(what, cluster, new, 1)?;
@@ -161,7 +179,7 @@ impl Work<'_> {
         if let Some(known) = shared.get(&cluster) {
             return Ok(*known);
         }
-        let new = self.take_run(1, count, limit)?;
+        let new = self.take_run(1, count, push.below)?;
         shared.insert(cluster, new);
         if let Some(new) = new {
             self.copy(what, cluster, new, 1)?;
@@ -170,7 +188,7 @@ impl Work<'_> {
         Ok(new)
     }
 
-    fn move_data(&mut self, limit: u64) -> Result<()> {
+    fn move_data(&mut self, push: &Push) -> Result<()> {
         if self.data.is_some() {
             return Ok(());
         }
@@ -187,7 +205,7 @@ impl Work<'_> {
                     continue;
                 };
                 if let Some(new) =
-                    self.move_single(Copied::Data, host.get() >> bits, weight, &mut shared, limit)?
+                    self.move_single(Copied::Data, host.get() >> bits, weight, &mut shared, push)?
                 {
                     self.switch(entry.at, moved(entry.word, new << bits));
                     self.commit_if_many()?;
@@ -197,12 +215,12 @@ impl Work<'_> {
         self.settle()
     }
 
-    fn move_bitmap_data(&mut self, limit: u64) -> Result<()> {
+    fn move_bitmap_data(&mut self, push: &Push) -> Result<()> {
         let bits = self.bits();
         let mut shared = Shared::new();
         for table in self.bitmap_tables()? {
             self.each_bitmap_entry(&table, |work, at, host| {
-                if let Some(new) = work.move_single(Copied::Data, host >> bits, 1, &mut shared, limit)? {
+                if let Some(new) = work.move_single(Copied::Data, host >> bits, 1, &mut shared, push)? {
                     work.switch(at, new << bits);
                     work.commit_if_many()?;
                 }
@@ -212,13 +230,13 @@ impl Work<'_> {
         self.settle()
     }
 
-    fn move_l2_tables(&mut self, limit: u64) -> Result<()> {
+    fn move_l2_tables(&mut self, push: &Push) -> Result<()> {
         let bits = self.bits();
         let mut shared = Shared::new();
         for l1 in self.l1_tables()? {
             self.each_l1_entry(&l1, |work, at, _, entry| {
                 let table = entry.offset().get() >> bits;
-                if let Some(new) = work.move_single(Copied::Tables, table, l1.weight(), &mut shared, limit)? {
+                if let Some(new) = work.move_single(Copied::Tables, table, l1.weight(), &mut shared, push)? {
                     let word = super::super::map::L2Entry(entry.0);
                     work.switch(at, moved(word, new << bits));
                     work.commit_if_many()?;
@@ -229,12 +247,12 @@ impl Work<'_> {
         self.settle()
     }
 
-    fn move_refcount_blocks(&mut self, limit: u64) -> Result<()> {
+    fn move_refcount_blocks(&mut self, push: &Push) -> Result<()> {
         for (index, cluster) in self.refcounts.block_places() {
-            if cluster < limit {
+            if !push.from.contains(&cluster) {
                 continue;
             }
-            let Some(new) = self.take_run(1, 1, limit)? else {
+            let Some(new) = self.take_run(1, 1, push.below)? else {
                 break;
             };
             self.refcounts.move_block(&mut self.fence, index, new)?;

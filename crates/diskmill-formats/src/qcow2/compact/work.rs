@@ -9,7 +9,7 @@ use super::super::header::Header;
 use super::super::map::{Geometry, L1Entry, L2Entry, Subclusters};
 use super::super::refcount::Refcounts;
 use super::super::run::split_entry;
-use super::super::snapshot;
+use super::super::snapshot::{self, Snapshot};
 use crate::codec::is_zero;
 
 /// Bytes copied between two flushes.
@@ -315,46 +315,48 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    /// Where the entries of the snapshot table are, and where it ends.
-    fn snapshot_entries(&self) -> Result<(Vec<(u64, u64, u32)>, u64)> {
+    /// The snapshots, and where their table ends.
+    fn snapshots(&self) -> Result<(Vec<Snapshot>, u64)> {
         if self.header.nb_snapshots == 0 {
-            return Ok((Vec::new(), 0));
+            return Ok((Vec::new(), self.header.snapshots_offset.get()));
         }
         let (snapshots, end) = snapshot::read_table(self.main.as_ref(), &self.header, &Limits::default())?;
-        let mut at = self.header.snapshots_offset.get();
-        let mut entries = Vec::new();
-        for snapshot in snapshots {
-            entries.push((at, snapshot.l1_table_offset.get(), snapshot.l1_size));
-            at = at.saturating_add(snapshot.len());
-        }
-        Ok((entries, end.get()))
+        Ok((snapshots, end.get()))
     }
 
     /// Bytes of the snapshot table.
     pub(super) fn snapshot_table_len(&self) -> Result<u64> {
-        let (_, end) = self.snapshot_entries()?;
+        let (_, end) = self.snapshots()?;
         Ok(end.saturating_sub(self.header.snapshots_offset.get()))
     }
 
     /// All L1 tables, the active one first.
     pub(super) fn l1_tables(&self) -> Result<Vec<L1Table>> {
-        let mut tables = vec![L1Table {
+        let mut tables = Vec::new();
+        let mut entry_at = self.header.snapshots_offset.get();
+        for snapshot in self.snapshots()?.0 {
+            tables.push(L1Table {
+                at: snapshot.l1_table_offset.get(),
+                entries: snapshot.l1_size,
+                // It begins with the table's offset.
+                named_at: vec![entry_at],
+            });
+            entry_at = entry_at.saturating_add(snapshot.len());
+        }
+        tables.sort_by_key(|table| (table.at, table.entries));
+        tables.dedup_by(|next, table| {
+            let same = (next.at, next.entries) == (table.at, table.entries);
+            if same {
+                table.named_at.append(&mut next.named_at);
+            }
+            same
+        });
+        let active = L1Table {
             at: self.header.l1_table_offset.get(),
             entries: self.header.l1_size,
             named_at: vec![HEADER_L1_OFFSET_AT],
-        }];
-        let (mut entries, _) = self.snapshot_entries()?;
-        entries.sort_by_key(|(_, at, entries)| (*at, *entries));
-        for (named_at, at, entries) in entries {
-            match tables.last_mut() {
-                Some(last) if last.at == at && last.entries == entries => last.named_at.push(named_at),
-                _ => tables.push(L1Table {
-                    at,
-                    entries,
-                    named_at: vec![named_at],
-                }),
-            }
-        }
+        };
+        tables.insert(0, active);
         Ok(tables)
     }
 
