@@ -132,15 +132,15 @@ fn a_power_cut_at_any_moment_leaks_at_worst() {
         ("refcount table", false, 12),
         ("version 2 snapshot", true, 12),
         ("compressed", false, 1000),
-        ("zstd", false, 1000),
-        ("subclusters", false, 1000),
+        ("zstd", false, 12),
+        ("subclusters", false, 12),
         ("subclusters snapshot", true, 1000),
         ("over longer", false, 1000),
         ("subclusters over raw", false, 1000),
         ("data file", false, 1000),
-        ("raw data file", false, 1000),
+        ("raw data file", false, 12),
         ("preallocated", false, 100),
-        ("lazy", true, 1000),
+        ("lazy", true, 12),
     ] {
         let image = worn(&images::named(name));
         let journal = Journal::new();
@@ -184,7 +184,7 @@ fn a_call_that_fails_loses_nothing_and_a_second_run_finishes() {
             attempt(&faults).1.expect("compact");
             faults.calls()
         };
-        let step = (calls / (60 * u64::from(soak()))).max(1) as usize;
+        let step = (calls / (24 * u64::from(soak()))).max(1) as usize;
         for number in (0..calls).step_by(step) {
             for (failure, lasting) in [
                 (Failure::Io, Lasting::ForGood),
@@ -206,6 +206,11 @@ fn a_call_that_fails_loses_nothing_and_a_second_run_finishes() {
                     report.findings
                 );
                 assert_eq!(look(&image, &files), start, "{context}");
+                let disks = images::memory(&files);
+                compact(&disks, compress).unwrap_or_else(|error| panic!("{context}: again: {error:?}"));
+                let files = images::bytes(&disks);
+                images::assert_clean(&files);
+                assert_eq!(look(&image, &files), start, "{context}: again");
             }
         }
     }
@@ -252,6 +257,43 @@ fn an_image_that_contradicts_itself_is_left_alone() {
         assert!(format!("{error:?}").contains("check --repair all"), "{error:?}");
     }
     assert!(images::bytes(&disks) == broken, "nothing was changed");
+}
+
+#[test]
+fn what_leaks_is_given_back() {
+    for name in ["cluster 512", "refcount 64", "compressed", "subclusters snapshot"] {
+        let image = worn(&images::named(name));
+        let journal = Journal::new();
+        let disks: Disks = images::memory(&image.files)
+            .into_iter()
+            .map(|disk| journal.record(disk))
+            .collect();
+        // Cut short, it leaks what it had taken, or what it was about to give up.
+        compact(&disks, true).expect("compact");
+        let mut leaking = 0;
+        for count in 0..journal.len() {
+            let files = journal.prefix(count);
+            let report = images::check(&files).expect("check");
+            // A flag may lag with snapshots; that is for a repair.
+            if report.leaks == 0 || report.corruptions > 0 || leaking == 20 {
+                continue;
+            }
+            leaking += 1;
+            let disks = images::memory(&files);
+            let foretold = plan(&disks, false).expect("plan");
+            let report = compact(&disks, false).expect("compact");
+            assert_eq!(foretold, report, "{name}, cut {count}");
+            assert!(report.leaked > 0, "{name}, cut {count}: {report:?}");
+            let files = images::bytes(&disks);
+            images::assert_clean(&files);
+            assert_eq!(
+                look(&image, &files),
+                look(&image, &image.files),
+                "{name}, cut {count}"
+            );
+        }
+        assert!(leaking > 0, "{name}");
+    }
 }
 
 #[test]
