@@ -20,7 +20,7 @@ struct Need {
     package: &'static str,
 }
 
-const NEEDS: [Need; 11] = [
+const NEEDS: [Need; 13] = [
     need("qemu-img", "qemu-utils"),
     need("qemu-io", "qemu-utils"),
     need("qemu-nbd", "qemu-utils"),
@@ -32,7 +32,12 @@ const NEEDS: [Need; 11] = [
     need("prlimit", "util-linux"),
     need("losetup", "mount"),
     need("sh", "dash"),
+    need("7z", "7zip"),
+    need("python3", "python3"),
 ];
+
+/// Independent readers of images, from the Python package index.
+const PYTHON_READERS: [&str; 1] = ["dissect.hypervisor==3.21"];
 
 const fn need(program: &'static str, package: &'static str) -> Need {
     Need { program, package }
@@ -52,11 +57,28 @@ pub fn install() -> Result<Peers, Failed> {
             return Err(Failed::new(format!("still missing: {}", still.join(" "))));
         }
     }
+    install_python_readers()?;
     let kernel = match kernel() {
         Some(kernel) => kernel,
         None => Apt::new()?.fetch_kernel()?,
     };
     Ok(Peers { kernel })
+}
+
+/// Puts the readers of the Python package index into a folder of their own.
+fn install_python_readers() -> Result<(), Failed> {
+    let folder = folder().join("python");
+    if folder.join("dissect/hypervisor").is_dir() {
+        return Ok(());
+    }
+    let pip = |args: &[&str]| program("python3").args(["-m", "pip"]).args(args.iter().copied());
+    if pip(&["--version"]).output().is_none() {
+        Apt::new()?.install(&["python3-pip"])?;
+    }
+    let target = folder.to_string_lossy().into_owned();
+    pip(&["install", "--quiet", "--target", &target])
+        .args(PYTHON_READERS)
+        .run()
 }
 
 /// The packages of programs that are absent or of the wrong version.
