@@ -108,6 +108,9 @@ pub struct ConvertArgs {
     /// How hard to compress: 1 to 12 for zlib, 1 to 22 for zstd
     #[arg(long, value_name = "LEVEL", help_heading = NATIVE)]
     compress_level: Option<i32>,
+    /// Carry all snapshots inside the source into the target, a new qcow2 image
+    #[arg(long, help_heading = NATIVE)]
+    keep_snapshots: bool,
 }
 
 impl Run for ConvertArgs {
@@ -180,6 +183,14 @@ impl ConvertArgs {
         let summary = summary.map_err(|error| self.failed(error, target, sources, format))?;
         if let (Some(why), false) = (&summary.in_place, ui.drop_in()) {
             ui.warn(&format!("'{}' was written in place: {why}", ui.name(&name)));
+        }
+        let dropped = summary.snapshots_dropped;
+        if dropped > 0 && self.source_snapshot.is_none() && !ui.drop_in() && !self.quiet {
+            let (s, are) = if dropped == 1 { ("", "is") } else { ("s", "are") };
+            ui.warn(&format!(
+                "{dropped} snapshot{s} inside the source {are} not in '{}' (--keep-snapshots carries them into qcow2)",
+                ui.name(&name)
+            ));
         }
         if settings.json && !matches!(plan.output, Output::Stdout) {
             ui.print(to_json(&name, format, &summary, began).pretty())?;
@@ -404,6 +415,7 @@ impl ConvertArgs {
         plan.salvage = self.salvage;
         plan.rate = settings.rate;
         plan.bitmaps = self.bitmaps;
+        plan.keep_snapshots = self.keep_snapshots;
         plan.durability = match settings.cache {
             Some(CacheMode::Unsafe) => Durability::None,
             None if ui.drop_in() => Durability::None,

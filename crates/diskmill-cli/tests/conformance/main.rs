@@ -14,6 +14,7 @@ mod guest;
 mod hostile;
 mod interrupt;
 mod locks;
+mod machines;
 mod matrix;
 mod options;
 mod readers;

@@ -49,7 +49,7 @@ pub(super) fn open(inputs: &[Input]) -> Result<Opened> {
     Ok(Opened::Disks(Source::new(disks)?))
 }
 
-fn named(image: Image) -> (Chain, Vec<Arc<str>>) {
+pub(super) fn named(image: Image) -> (Chain, Vec<Arc<str>>) {
     let names = image
         .nodes
         .iter()

@@ -6,6 +6,7 @@
 
 mod existing;
 mod input;
+mod kept;
 mod lane;
 mod leave;
 mod new;
@@ -48,6 +49,8 @@ pub struct Summary {
     pub stored: u64,
     /// Workers that ran.
     pub workers: usize,
+    /// Internal snapshots of the sources that the target does not have.
+    pub snapshots_dropped: usize,
     /// Why the target was written in place instead of being replaced when complete, if that is not what it is for.
     pub in_place: Option<InPlace>,
 }
@@ -73,6 +76,15 @@ pub enum ConvertError {
     /// Dirty bitmaps cannot be copied yet.
     #[error("copying dirty bitmaps is not supported yet")]
     Bitmaps,
+    /// Snapshots can be carried from one image alone, not from one of its snapshots.
+    #[error("keeping snapshots needs one image as the source, and its active state")]
+    KeepOneImage,
+    /// The states are made of one another in a new image.
+    #[error("keeping snapshots needs a new image without a backing image as the target")]
+    KeepInNewImage,
+    /// The target cannot have any.
+    #[error("snapshots can only be kept in a qcow2 image without a data file")]
+    KeepsNone,
     /// There is nothing to read.
     #[error("there is no source")]
     NoSource,
@@ -103,6 +115,9 @@ pub fn run(plan: &Plan, job: Job<'_>) -> Result<Summary> {
         return Err(ConvertError::OffloadAndCompression.usage());
     }
     job.check()?;
+    if let (Some(kept), Output::New(image)) = (kept::Kept::open(plan)?, &plan.output) {
+        return new::with_snapshots(plan, image, &kept, job);
+    }
     let source = match input::open(&plan.inputs)? {
         Opened::Disks(source) => source,
         Opened::Stream(mut stream) => match &plan.output {
@@ -114,11 +129,13 @@ pub fn run(plan: &Plan, job: Job<'_>) -> Result<Summary> {
             Output::Existing(image) => input::spool(&mut stream, image.open.spec.path(), job)?,
         },
     };
-    match &plan.output {
+    let mut summary = match &plan.output {
         Output::Stdout => new::to_stdout(plan, &source, job),
         Output::New(image) => new::to_image(plan, image, &source, job),
         Output::Existing(image) => existing::to_image(plan, image, &source, job),
-    }
+    }?;
+    summary.snapshots_dropped = source.snapshots();
+    Ok(summary)
 }
 
 /// Data bytes of a chunk: few enough to stay in a core's cache between reading and writing, enough for a request.
@@ -166,6 +183,7 @@ fn summary(lane: &Lane<'_>, workers: usize) -> Summary {
         read: lane.counters.read.load(Ordering::Relaxed),
         stored: lane.counters.stored.load(Ordering::Relaxed),
         workers,
+        snapshots_dropped: 0,
         in_place: None,
     }
 }

@@ -7,6 +7,7 @@ use diskmill_core::{
 };
 use diskmill_storage::RateLimit;
 
+use super::kept::Kept;
 use super::lane::{Feed, Lane, Stream};
 use super::leave::Leave;
 use super::sink::{Ordered, Sink};
@@ -41,6 +42,19 @@ pub(super) fn to_image(plan: &Plan, image: &NewImage, source: &Source, job: Job<
         },
         job,
     )
+}
+
+/// Fills a new image from all states of one.
+pub(super) fn with_snapshots(plan: &Plan, image: &NewImage, kept: &Kept, job: Job<'_>) -> Result<Summary> {
+    let source = kept.first()?;
+    let (start, _) = Start::image(plan, image, source.size())?;
+    job.observer.total(source.size().saturating_add(kept.rest()));
+    let mut summary = fill_from(plan, start.builder, &source, job)?;
+    kept.carry(plan, image, &start.target, job)?;
+    summary.virtual_size = kept.virtual_size();
+    summary.in_place = start.target.in_place();
+    start.target.commit(plan.durability)?;
+    Ok(summary)
 }
 
 /// Fills a new image from a stream.

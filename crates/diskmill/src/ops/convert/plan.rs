@@ -36,6 +36,8 @@ pub struct Plan {
     pub extract: Option<Extract>,
     /// Copy dirty bitmaps too (`--bitmaps`).
     pub bitmaps: bool,
+    /// Carry all internal snapshots of the source: it must be one image, and the target a new qcow2 image.
+    pub keep_snapshots: bool,
 }
 
 impl Plan {
@@ -53,6 +55,7 @@ impl Plan {
             extract: None,
             durability: Durability::Synced,
             bitmaps: false,
+            keep_snapshots: false,
         }
     }
 }

@@ -106,6 +106,12 @@ impl Source {
         self.size
     }
 
+    /// Internal snapshots that the disks have beside the state that is read.
+    pub(crate) fn snapshots(&self) -> usize {
+        let tops = self.parts.iter().filter_map(|part| part.chain.layers().first());
+        tops.map(|top| top.facts().snapshots.len()).sum()
+    }
+
     /// The layer an [`Origin::Layer`] names.
     pub(crate) fn layer(&self, part: usize, depth: usize) -> Result<&Arc<dyn Layer>> {
         self.parts
