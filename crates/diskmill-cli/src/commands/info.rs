@@ -276,7 +276,9 @@ pub(super) fn snapshot_table(snapshots: &[SnapshotFacts], ui: &Ui) -> String {
                 &human(snapshot.vm_state_size),
                 &clock::local(snapshot.date_sec),
                 &clock::machine(snapshot.vm_clock_nsec),
-                &snapshot.icount.map(|count| count.to_string()).unwrap_or_default(),
+                &snapshot
+                    .icount
+                    .map_or_else(|| "--".to_owned(), |count| count.to_string()),
             ],
         );
     }

@@ -25,7 +25,7 @@ fn make(scratch: &Scratch, options: &str) {
     oracle::io(
         &path,
         "qcow2",
-        ["write -P 1 0 3M", "write -z 10M 1M", "write -c 12M 64k"],
+        ["write -P 1 0 3M", "write -z 10M 1M", "write -c 12M 128k"],
     );
     machine(scratch, IMAGE, "savevm one");
     oracle::io(&path, "qcow2", ["write -P 2 1M 3M", "write -P 9 14M 1M"]);
@@ -34,9 +34,17 @@ fn make(scratch: &Scratch, options: &str) {
         theirs(scratch).words(&format!("resize -q {IMAGE} 40M")).ok();
         oracle::io(&path, "qcow2", ["write -P 7 30M 1M"]);
     }
-    oracle::io(&path, "qcow2", ["discard 0 1M", "write -c 12M 64k"]);
+    oracle::io(&path, "qcow2", ["discard 0 1M", "write -c 15M 128k"]);
     machine(scratch, IMAGE, "savevm three");
     oracle::io(&path, "qcow2", ["write -P 8 13M 1M"]);
+}
+
+/// QEMU takes up both machines of a copy of the image. What it leaves of the copy may leak: its own images do then.
+fn assert_loads(scratch: &Scratch, image: &str) {
+    std::fs::copy(scratch.join(image), scratch.join("loaded.qcow2")).unwrap();
+    machine(scratch, "loaded.qcow2", "loadvm one\nloadvm three\nloadvm one");
+    let (report, code) = oracle::check(scratch.join("loaded.qcow2"), "qcow2");
+    assert!(matches!(code, 0 | 3), "{report}");
 }
 
 fn list(scratch: &Scratch, image: &str) -> String {
@@ -76,17 +84,16 @@ fn machine__kept_beside_other_snapshots() {
         same_json(&scratch, &format!("info --output=json {IMAGE}"));
         let before = states(&scratch, IMAGE);
         // Each tool goes on where the other stopped.
-        for words in [
-            "snapshot -c four",
-            "snapshot -a one",
-            "snapshot -d two",
-            "snapshot -a 3",
-            "snapshot -d four",
+        for (run, words) in [
+            (ours(&scratch), "snapshot -c four"),
+            (ours(&scratch), "snapshot -a one"),
+            (theirs(&scratch), "snapshot -d two"),
+            (ours(&scratch), "snapshot -a 3"),
+            (ours(&scratch), "snapshot -d four"),
         ] {
-            ours(&scratch).words(&format!("{words} {IMAGE}")).ok();
+            run.words(&format!("{words} {IMAGE}")).ok();
             assert_clean(&scratch, IMAGE);
-            machine(&scratch, IMAGE, "loadvm one\nloadvm three");
-            assert_clean(&scratch, IMAGE);
+            assert_loads(&scratch, IMAGE);
         }
         assert!(disk(&scratch, IMAGE, "-l one") == before[0], "{options}");
         assert!(disk(&scratch, IMAGE, "-l three") == before[2], "{options}");
@@ -114,7 +121,7 @@ fn machine__kept_by_amend() {
     }
     assert_eq!(list(&scratch, IMAGE), known);
     assert!(states(&scratch, IMAGE) == before);
-    machine(&scratch, IMAGE, "loadvm one\nloadvm three");
+    assert_loads(&scratch, IMAGE);
 }
 
 #[test]
@@ -167,8 +174,7 @@ fn machine__carried_into_a_new_image() {
                 "what states share is stored once"
             );
         }
-        machine(&scratch, "copy.qcow2", "loadvm one\nloadvm three\nloadvm one");
-        assert_clean(&scratch, "copy.qcow2");
+        assert_loads(&scratch, "copy.qcow2");
     }
 }
 
