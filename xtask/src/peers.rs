@@ -20,7 +20,7 @@ struct Need {
     package: &'static str,
 }
 
-const NEEDS: [Need; 13] = [
+const NEEDS: &[Need] = &[
     need("qemu-img", "qemu-utils"),
     need("qemu-io", "qemu-utils"),
     need("qemu-nbd", "qemu-utils"),
@@ -34,6 +34,9 @@ const NEEDS: [Need; 13] = [
     need("sh", "dash"),
     need("7z", "7zip"),
     need("python3", "python3"),
+    need("tar", "tar"),
+    need("gzip", "gzip"),
+    need("xmllint", "libxml2-utils"),
 ];
 
 /// Independent readers of images, from the Python package index.

@@ -21,7 +21,7 @@ use crate::progress::{Progress, Style};
 use crate::ui::Ui;
 
 /// Copy images into a new one of any format
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(override_usage = "diskmill convert [OPTIONS] SRC_FILENAME... TGT_FILENAME")]
 pub struct ConvertArgs {
     /// Print nothing but errors
@@ -212,10 +212,9 @@ impl ConvertArgs {
                 "'{shown}' is a directory: it takes the disks of one OVF package"
             )));
         };
-        let Input::Image(mut request) = self.input(ui, source, settings.snapshot.clone())? else {
-            return Err(Failure::usage(format!("'{shown}' is a directory")));
-        };
-        let chosen = request.disk.take();
+        let request = self
+            .source(settings.snapshot.clone())
+            .request(source, &self.how.native, ui)?;
         let package = open::package(&request).map_err(|error| Failure::open(source, error))?;
         let Some(package) = package else {
             let text = format!(
@@ -225,7 +224,7 @@ impl ConvertArgs {
             return Err(Failure::usage(text));
         };
         let format = self.format();
-        let disks = match &chosen {
+        let disks = match &self.which.disk {
             Some(disk) => {
                 let disk = package
                     .choose(Some(disk))
@@ -258,11 +257,10 @@ impl ConvertArgs {
         }
         for (target, disk) in jobs {
             let target = target.into_os_string();
-            let mut plan = self.plan(ui, &target, sources, format, settings)?;
-            if let Some(Input::Image(request)) = plan.inputs.first_mut() {
-                request.disk = Some(disk);
-            }
-            self.convert(ui, &plan, &target, sources, settings)?;
+            let mut one = self.clone();
+            one.which.disk = Some(disk);
+            let plan = one.plan(ui, &target, sources, format, settings)?;
+            one.convert(ui, &plan, &target, sources, settings)?;
         }
         Ok(Exit::OK)
     }
@@ -424,6 +422,17 @@ impl ConvertArgs {
         Ok(plan)
     }
 
+    fn source(&self, snapshot: Option<String>) -> Source<'_> {
+        Source {
+            format: self.source_format.as_deref(),
+            image_opts: self.source_image_opts,
+            share: self.force_share,
+            cache: self.source_cache.as_deref(),
+            snapshot,
+            disk: self.which.disk.clone(),
+        }
+    }
+
     fn input(&self, ui: &Ui, name: &OsString, snapshot: Option<String>) -> Result<Input, Failure> {
         if !ui.drop_in() && name == "-" {
             return match self.source_format.as_deref() {
@@ -433,15 +442,7 @@ impl ConvertArgs {
                 ))),
             };
         }
-        let source = Source {
-            format: self.source_format.as_deref(),
-            image_opts: self.source_image_opts,
-            share: self.force_share,
-            cache: self.source_cache.as_deref(),
-            snapshot,
-            disk: self.which.disk.clone(),
-        };
-        let mut request = source.request(name, &self.how.native, ui)?;
+        let mut request = self.source(snapshot).request(name, &self.how.native, ui)?;
         request.hold = true;
         if !ui.drop_in() {
             package::refuse_containers(name, &request)?;

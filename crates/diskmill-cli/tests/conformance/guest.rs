@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use diskmill_testkit::{Run, Scratch, ext4, hash, oracle, process};
 
-use crate::tools::ours;
+use crate::tools::{native, ours};
 
 /// What the guest runs instead of an init: hash all files, write some, hash those, stop.
 const INIT: &str = "#!/bin/busybox sh
@@ -115,7 +115,10 @@ fn guest(convert: &[&str], image: &str) {
     make_disk(&scratch);
     let before = ext4::hashes(scratch.join("disk.raw"));
     for words in convert {
-        ours(&scratch).words(words).ok();
+        match words.strip_prefix("diskmill ") {
+            Some(words) => native(&scratch).words(words).ok(),
+            None => ours(&scratch).words(words).ok(),
+        };
     }
     let serial = boot(&scratch, image, "qcow2");
     assert_eq!(
@@ -169,6 +172,17 @@ fn guest__boots_from_an_overlay() {
             "convert -c -f raw -O qcow2 -o compression_type=zstd disk.raw base.qcow2",
             "create -q -f qcow2 -o extended_l2=on,cluster_size=128k -b base.qcow2 -F qcow2 disk.qcow2",
             "resize -q -f qcow2 disk.qcow2 +64M",
+        ],
+        "disk.qcow2",
+    );
+}
+
+/// Boots the guest from a disk that went into an OVF package and out of it again.
+pub fn through_package() {
+    guest(
+        &[
+            "diskmill convert disk.raw -O ova box.ova",
+            "diskmill convert box.ova -O qcow2 disk.qcow2",
         ],
         "disk.qcow2",
     );

@@ -17,6 +17,7 @@ mod locks;
 mod machines;
 mod matrix;
 mod options;
+mod ova;
 mod readers;
 mod safety;
 mod sizes;

@@ -18,7 +18,7 @@ use diskmill_core::{
     OutputSpec, Result, Role, Storage, StorageMut,
 };
 use diskmill_formats::ova::manifest::{Entry, Manifest};
-use diskmill_formats::ova::{Machine, MemberName, PackedDisk, Profile, descriptor, pack};
+use diskmill_formats::ova::{Algorithm, Hasher, Machine, MemberName, PackedDisk, Profile, descriptor, pack};
 use diskmill_storage::{CacheMode, File, Window};
 
 use super::input::{self, Opened};
@@ -154,7 +154,7 @@ fn run_at(plan: &PackagePlan, job: Job<'_>) -> Result<Packed> {
     let mut manifest = Manifest::default();
     let text = layout.padded(descriptor(&plan.machine, plan.profile, &disks)?);
     let algorithm = plan.profile.digest();
-    let mut hasher = diskmill_formats::ova::Hasher::new(algorithm);
+    let mut hasher = Hasher::new(algorithm);
     hasher.update(text.as_bytes());
     let mut list = |name: &MemberName, digest: String| {
         manifest.push(Entry {
@@ -192,6 +192,7 @@ fn compress(
     spec.options = options;
     spec.compression = Some(plan.compression);
     create::name_it(&mut spec, Path::new(disk.file.as_str()));
+    spec.content_id = Some(content_id(plan, disk));
     driver.outputs(&spec)?;
     let builder = driver.build(&spec, vec![(Role::Main, file)])?;
     let mut how = Plan::new(Input::Stdin, Output::Stdout);
@@ -199,7 +200,21 @@ fn compress(
     how.workers = plan.workers;
     // What is durable is the archive as a whole.
     how.durability = Durability::None;
-    Ok(fill_from(&how, builder, source, job)?.stored)
+    let stored = fill_from(&how, builder, source, job)?.stored;
+    // The last unit of a disk may be cut short.
+    Ok(stored.min(disk.capacity))
+}
+
+/// What tells this disk from others: not random, so that the same request gives the same bytes.
+fn content_id(plan: &PackagePlan, disk: &PackedDisk) -> u32 {
+    let mut hasher = Hasher::new(Algorithm::Sha256);
+    hasher.update(format!("{}\n{}\n{}\n", disk.file, disk.capacity, plan.time).as_bytes());
+    let digest = hasher.finish();
+    // The two highest mean that there is none, and that there is no parent.
+    let id = digest
+        .get(..8)
+        .and_then(|digits| u32::from_str_radix(digits, 16).ok());
+    id.unwrap_or_default().min(0xffff_fffd)
 }
 
 /// What the members are called.
@@ -245,7 +260,7 @@ impl Layout {
             manifest.push(Entry {
                 name: name.clone(),
                 algorithm,
-                digest: diskmill_formats::ova::Hasher::new(algorithm).finish(),
+                digest: Hasher::new(algorithm).finish(),
             });
         }
         let behind = |at: u64, len: usize| at + pack::BLOCK + (len as u64).next_multiple_of(pack::BLOCK);

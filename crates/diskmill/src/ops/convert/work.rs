@@ -122,10 +122,11 @@ impl<'l, 'a> Worker<'l, 'a> {
         while self.lane.claim(&mut self.chunk, &mut self.buffer)? {
             self.read()?;
             self.encode()?;
-            let stored = self.stored_len();
-            if let (Some(pace), true) = (&self.lane.pace, stored > 0) {
-                keep_pace(pace, stored, self.lane)?;
+            let written = self.len_of(|packed| packed as u64);
+            if let (Some(pace), true) = (&self.lane.pace, written > 0) {
+                keep_pace(pace, written, self.lane)?;
             }
+            let stored = self.len_of(|_| self.lane.cut.step);
             let mut ready = Ready {
                 turn: self.chunk.turn,
                 placements: &self.placements,
@@ -247,12 +248,12 @@ impl<'l, 'a> Worker<'l, 'a> {
         Ok(())
     }
 
-    /// Guest bytes of the placements that are stored.
-    fn stored_len(&self) -> u64 {
+    /// Bytes of the placements that are stored; those of a packed unit are what `packed` makes of its packed length.
+    fn len_of(&self, packed: impl Fn(usize) -> u64) -> u64 {
         let len = |placement: &Placement| match placement {
             Placement::Run(..) => 0,
             Placement::Plain { range, .. } => range.end - range.start,
-            Placement::Packed { len, .. } => *len as u64,
+            Placement::Packed { len, .. } => packed(*len),
             Placement::Copy(piece) => piece.range.end - piece.range.start,
         };
         self.placements.iter().map(len).sum()
