@@ -3,73 +3,11 @@
 
 mod support;
 
-use std::path::PathBuf;
-
 use diskmill_core::{ErrorKind, GuestOffset, OpenSpec};
 use diskmill_testkit::scratch::{self, patch, peek};
 use diskmill_testkit::{Scratch, oracle};
+use support::victim::Victim;
 use support::{check, layer, text};
-
-/// An image of 1 GiB with data in its first MiB, to be tampered with.
-struct Victim {
-    _dir: Scratch,
-    path: PathBuf,
-}
-
-impl Victim {
-    fn new(options: &str) -> Self {
-        let dir = Scratch::beneath("/dev/shm");
-        let path = dir.join("victim.qcow2");
-        oracle::create(&path, "qcow2", options, "1G");
-        oracle::io(&path, "qcow2", ["write -P 1 0 1M"]);
-        Self { _dir: dir, path }
-    }
-
-    fn compressed(kind: &str) -> Self {
-        let victim = Self::new("");
-        let source = victim.path.with_extension("raw");
-        std::fs::write(&source, vec![b'a'; 1 << 20]).unwrap();
-        let option = format!("compression_type={kind}");
-        oracle::convert(["-c", "-o", &option], &source, "raw", &victim.path, "qcow2");
-        victim
-    }
-
-    fn u64(&self, at: u64) -> u64 {
-        u64::from_be_bytes(peek(&self.path, at, 8).try_into().unwrap())
-    }
-
-    fn set(&self, at: u64, value: u64) {
-        patch(&self.path, at, &value.to_be_bytes());
-    }
-
-    fn l1(&self) -> u64 {
-        self.u64(40)
-    }
-
-    fn l2(&self) -> u64 {
-        self.u64(self.l1()) & 0x00ff_ffff_ffff_fe00
-    }
-
-    /// What opening and reading the first cluster fails with.
-    fn trouble(&self) -> String {
-        let layer = match layer(&self.path, "qcow2", &OpenSpec::default()) {
-            Ok(layer) => layer,
-            Err(error) => return text(&error),
-        };
-        let read = layer
-            .map(GuestOffset::ZERO, 512)
-            .and_then(|_| layer.read_at(GuestOffset::ZERO, &mut [0; 512]));
-        match read {
-            Ok(()) => panic!("it reads"),
-            Err(error) => text(&error),
-        }
-    }
-
-    fn assert_trouble(&self, expected: &str) {
-        let found = self.trouble();
-        assert!(found.contains(expected), "{found}\n{expected}");
-    }
-}
 
 #[test]
 fn table_entries_off_a_cluster_or_past_the_end_are_refused() {
@@ -146,7 +84,7 @@ fn data_files_that_do_not_map_one_to_one_are_refused() {
     let data = dir.join("victim.data");
     oracle::create(&path, "qcow2", &format!("data_file={}", data.display()), "1G");
     oracle::io(&path, "qcow2", ["write -P 1 0 1M"]);
-    let victim = Victim { _dir: dir, path };
+    let victim = Victim { dir, path };
     victim.set(victim.l2(), 0x8000_0000_0001_0000);
     victim.assert_trouble("l2 entry points to 0x10000 of the external data file, must be 0x0");
     victim.set(victim.l2(), 0x4000_0000_0001_0000);
@@ -354,15 +292,15 @@ fn bitmap_directories_are_checked() {
         (20, &1_u32.to_be_bytes(), "extra_data_size is 1, must be 0"),
     ] {
         let victim = with_bitmap();
-        let directory = victim.u64(bitmaps_extension(&victim) + 24);
+        let directory = victim.u64(victim.bitmaps_extension() + 16);
         patch(&victim.path, directory + at, change);
         victim.assert_trouble(expected);
         assert!(check(&victim.path).unwrap().corruptions > 0, "{expected}");
     }
     let victim = with_bitmap();
-    patch(&victim.path, bitmaps_extension(&victim) + 8, &2_u32.to_be_bytes());
+    patch(&victim.path, victim.bitmaps_extension(), &2_u32.to_be_bytes());
     victim.assert_trouble("does not hold exactly 2 bitmaps");
-    victim.set(bitmaps_extension(&victim) + 24, 0x4000_0000);
+    victim.set(victim.bitmaps_extension() + 16, 0x4000_0000);
     victim.assert_trouble("runs past the end of the file");
 }
 
@@ -374,13 +312,6 @@ fn with_bitmap() -> Victim {
         .arg("b0")
         .ok();
     victim
-}
-
-/// Where the header extension of the bitmaps is.
-fn bitmaps_extension(victim: &Victim) -> u64 {
-    let head = peek(&victim.path, 0, 1024);
-    let kind = 0x2385_2875_u32.to_be_bytes();
-    head.windows(4).position(|window| window == kind).unwrap() as u64
 }
 
 /// A few megabytes that claim to be 128 PiB of the same cluster: effort follows the file, not the claim.

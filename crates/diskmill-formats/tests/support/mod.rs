@@ -1,14 +1,17 @@
 //! Opening images the short way: no policy, no locks, names relative to the image's directory.
 #![allow(dead_code, reason = "not every test binary uses all of it")]
 
+pub mod victim;
+
 use std::path::Path;
 use std::sync::Arc;
 
 use diskmill_core::{
-    Chain, CheckReport, Error, Files, GuestOffset, Job, Layer, OpenSpec, Result, Role, Sample, State, Storage,
+    Chain, CheckReport, Error, Files, FilesMut, GuestOffset, Job, Layer, OpenSpec, Repair, Result, Role,
+    Sample, State, Storage, StorageMut,
 };
 use diskmill_formats::registry;
-use diskmill_storage::{File, FileOptions, LockPlan};
+use diskmill_storage::{File, FileOptions, LockPlan, Memory};
 
 /// The file at `path`, for reading.
 pub fn file(path: impl AsRef<Path>) -> Arc<dyn Storage> {
@@ -81,6 +84,30 @@ pub fn check(path: impl AsRef<Path>) -> Result<CheckReport> {
     how.for_check = true;
     let (parsed, files) = parse(path.as_ref(), "qcow2", &how)?;
     parsed.check(files, &how, Job::silent())
+}
+
+/// What our repair says.
+pub fn repair(path: impl AsRef<Path>, what: Repair) -> Result<CheckReport> {
+    repair_with(path, what, |file| file)
+}
+
+/// As [`repair`], with something put around the main file.
+pub fn repair_with(
+    path: impl AsRef<Path>,
+    what: Repair,
+    around: impl FnOnce(Arc<dyn StorageMut>) -> Arc<dyn StorageMut>,
+) -> Result<CheckReport> {
+    let path = path.as_ref();
+    let mut how = OpenSpec::default();
+    how.for_check = true;
+    let (parsed, files) = parse(path, "qcow2", &how)?;
+    let main = File::open(path, &FileOptions::write(LockPlan::default()))?;
+    let mut files_mut: FilesMut = vec![(Role::Main, around(Arc::new(main)))];
+    for (role, _) in files.iter().skip(1) {
+        // A repair does not touch data.
+        files_mut.push((*role, Arc::new(Memory::new())));
+    }
+    parsed.repair(files_mut, &how, what, Job::silent())
 }
 
 /// Demands that our check counts what `qemu-img check` counts.

@@ -174,7 +174,8 @@ fn mend(
     })
 }
 
-/// Lowers refcounts that are too high, and reports the rest as a check does.
+/// Lowers refcounts that are too high, puts flags right if nothing else is wrong, and reports the rest as a check
+/// does.
 fn leaks(
     ground: &Ground<'_>,
     main: &Arc<dyn StorageMut>,
@@ -189,19 +190,30 @@ fn leaks(
     if what == Repair::Leaks && disk.broken {
         return Err(RepairError::Rebuild.into());
     }
-    let truth = match lower {
-        true => Truth::Lowered(&disk, &counts),
-        false => Truth::Disk(&disk),
+    let view = View::default();
+    // Flags are right or wrong with the refcounts: once those are all right, the flags can be made so.
+    let flags = what == Repair::Leaks && notes.counters.corruptions == 0 && notes.counters.check_errors == 0;
+    let truth = match (flags, lower) {
+        (true, _) => Truth::Wanted(&counts, ground.header.refcount_order.max()),
+        (_, true) => Truth::Lowered(&disk, &counts),
+        (_, false) => Truth::Disk(&disk),
     };
-    copied::compare(ground, &View::default(), &found, truth, &mut notes)?;
+    let before = notes.counters.corruptions;
+    let wrong = copied::compare(ground, &view, &found, truth, &mut notes)?;
+    let corruptions = notes.counters.corruptions.saturating_sub(before);
     let leaks = notes.counters.leaks;
-    if lower {
-        Plan::of_leaks(disk.blocks.clone(), counts).apply(ground, &View::default(), main)?;
+    let mut changed = false;
+    if lower || flags && corruptions > 0 {
+        let mut plan = Plan::of_leaks(disk.blocks.clone(), counts);
+        if flags {
+            plan.list_tables(&view, &found, wrong);
+        }
+        changed = plan.apply(ground, &view, main)?;
     }
     Ok(Mended {
         report: super::report(ground, notes, &disk),
-        changed: lower,
-        corruptions: 0,
+        changed,
+        corruptions: if flags { corruptions } else { 0 },
         leaks,
     })
 }
@@ -220,7 +232,7 @@ fn merge(first: CheckReport, second: CheckReport, corruptions: u64, leaks: u64) 
         };
         if kept {
             findings.push(Finding {
-                fixed: corruptions > 0 || finding.kind == FindingKind::Leak,
+                fixed: true,
                 ..finding
             });
         }
