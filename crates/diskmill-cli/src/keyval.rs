@@ -19,6 +19,16 @@ pub fn number(name: &str, text: &str, min: u64, max: u64) -> Result<u64, Failure
     }
 }
 
+/// A number from `min` to `max` that counts things and therefore has no suffix.
+pub fn plain_number(name: &str, text: &str, min: u64, max: u64) -> Result<u64, Failure> {
+    let is_hex = text.starts_with("0x") || text.starts_with("0X");
+    let has_suffix = !is_hex && text.ends_with(|c: char| c.is_ascii_alphabetic());
+    if has_suffix || text.contains('.') {
+        return Err(Failure::usage(format!("Invalid {name} specified: '{text}'.")));
+    }
+    number(name, text, min, max)
+}
+
 /// A size or offset in bytes.
 pub fn bytes(name: &str, text: &str) -> Result<u64, Failure> {
     number(name, text, 0, i64::MAX as u64)

@@ -18,6 +18,7 @@ use crate::keyval::{self, OptionTarget};
 use crate::ui::{Mode, Ui};
 
 mod amend;
+mod bench;
 mod check;
 mod commit;
 mod compact;
@@ -25,6 +26,7 @@ mod compare;
 mod completions;
 mod convert;
 mod create;
+mod dd;
 mod demo;
 mod info;
 mod man;
@@ -105,17 +107,15 @@ pub static COMMANDS: &[Spec] = &[
     Spec::of::<ova::OvaArgs>(false),
     Spec::of::<commit::CommitArgs>(true),
     Spec::of::<rebase::RebaseArgs>(true),
+    Spec::of::<dd::DdArgs>(true),
+    Spec::of::<bench::BenchArgs>(true),
     Spec::of::<demo::DemoArgs>(false),
     Spec::of::<completions::CompletionsArgs>(false),
     Spec::of::<man::ManArgs>(false),
 ];
 
 /// Commands of `qemu-img` that are known by name only.
-pub const LATER: &[(&str, &str)] = &[
-    ("bench", "Measure the speed of an image (not supported yet)"),
-    ("bitmap", "Change dirty bitmaps of an image (not supported yet)"),
-    ("dd", "Copy a part of an image (not supported yet)"),
-];
+pub const LATER: &[(&str, &str)] = &[("bitmap", "Change dirty bitmaps of an image (not supported yet)")];
 
 /// The command called `name`.
 pub fn find(name: &str) -> Option<&'static Spec> {

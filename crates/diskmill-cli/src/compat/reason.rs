@@ -155,7 +155,7 @@ pub fn capital(text: &str) -> String {
     if text
         .split(' ')
         .next()
-        .is_some_and(|word| word.contains(['_', '.']))
+        .is_some_and(|word| word.contains(['_', '.', '=']))
     {
         return text.to_owned();
     }

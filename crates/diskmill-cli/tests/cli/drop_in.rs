@@ -298,7 +298,7 @@ fn convert_refuses_in_the_same_words() {
 #[test]
 fn commands_that_come_later_are_refused_by_name() {
     let scratch = Scratch::new();
-    for command in ["bitmap", "dd", "bench"] {
+    for command in ["bitmap"] {
         for run in [ours(scratch.path()), crate::diskmill(scratch.path())] {
             let done = run.args([command, "x"]).finish().expect(1);
             assert!(done.err().contains(command), "{done}");
@@ -306,11 +306,6 @@ fn commands_that_come_later_are_refused_by_name() {
             assert_eq!(done.out(), "", "{done}");
         }
     }
-    let done = ours(scratch.path())
-        .args(["check", "-r", "all", "x"])
-        .finish()
-        .expect(1);
-    assert!(done.err().contains("not supported yet"), "{done}");
 }
 
 #[test]

@@ -16,6 +16,8 @@ const COMMANDS: &[&str] = &[
     "resize",
     "commit",
     "rebase",
+    "dd",
+    "bench",
     "amend",
     "snapshot",
     "compact",

@@ -1,6 +1,7 @@
 //! What can be done with images. Each operation is one function over plain values.
 
 pub mod amend;
+pub mod bench;
 pub mod check;
 pub mod commit;
 pub mod compact;

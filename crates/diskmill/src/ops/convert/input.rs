@@ -12,9 +12,9 @@ use diskmill_core::{
 use diskmill_formats::registry;
 use diskmill_storage::{File, PipeIn};
 
-use super::source::Source;
+use super::source::{Source, to_usize};
 use super::work::is_zero;
-use super::{ConvertError, Input};
+use super::{ConvertError, Extract, Input};
 use crate::open::{self, Image, OpenRequest};
 use crate::spec::ImageSpec;
 
@@ -72,6 +72,41 @@ fn stdin_file() -> Result<Option<OpenRequest>> {
     let mut request = OpenRequest::new(ImageSpec::from_path("/dev/stdin"));
     request.format = Some(Format::Raw.name().to_owned());
     Ok(Some(request))
+}
+
+/// A part of a stream.
+pub(super) struct Part<'a> {
+    inner: &'a mut dyn ForwardSource,
+    skip: u64,
+    left: u64,
+}
+
+impl<'a> Part<'a> {
+    /// The part of `inner` that `extract` says.
+    pub(super) fn new(inner: &'a mut dyn ForwardSource, extract: Extract) -> Self {
+        Self {
+            inner,
+            skip: extract.skip,
+            left: extract.len.unwrap_or(u64::MAX),
+        }
+    }
+}
+
+impl ForwardSource for Part<'_> {
+    fn next(&mut self, buf: &mut [u8]) -> Result<usize> {
+        while self.skip > 0 {
+            let len = to_usize(self.skip).min(buf.len());
+            let read = self.inner.next(buf.get_mut(..len).unwrap_or_default())?;
+            if read == 0 {
+                return Ok(0);
+            }
+            self.skip -= read as u64;
+        }
+        let len = to_usize(self.left).min(buf.len());
+        let read = self.inner.next(buf.get_mut(..len).unwrap_or_default())?;
+        self.left -= read as u64;
+        Ok(read)
+    }
 }
 
 /// Bytes that are read at once while spooling, and that are zeros or not as a whole.

@@ -20,6 +20,7 @@ mod tests;
 mod work;
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::thread;
 
@@ -118,16 +119,32 @@ pub fn run(plan: &Plan, job: Job<'_>) -> Result<Summary> {
     if let (Some(kept), Output::New(image)) = (kept::Kept::open(plan)?, &plan.output) {
         return new::with_snapshots(plan, image, &kept, job);
     }
+    let extract = plan.extract.unwrap_or_default();
     let source = match input::open(&plan.inputs)? {
+        Opened::Disks(source) if plan.extract.is_some() => source.extract(extract)?,
         Opened::Disks(source) => source,
-        Opened::Stream(mut stream) => match &plan.output {
-            Output::Stdout => return new::stream_to_stdout(plan, &mut stream, job),
-            Output::New(image) if new::takes_streams(image) => {
-                return new::stream_to_image(plan, image, &mut stream, job);
+        Opened::Stream(mut stream) => {
+            let mut stream = input::Part::new(&mut stream, extract);
+            let near = match &plan.output {
+                Output::Stdout if extract.size.is_none() => {
+                    return new::stream_to_stdout(plan, &mut stream, job);
+                }
+                Output::New(image) if extract.size.is_none() && new::takes_streams(image) => {
+                    return new::stream_to_image(plan, image, &mut stream, job);
+                }
+                Output::New(image) => image.target.path(),
+                Output::Existing(image) => image.open.spec.path(),
+                Output::Stdout => Path::new("."),
+            };
+            let whole = input::spool(&mut stream, near, job)?;
+            match extract.size {
+                None => whole,
+                size => whole.extract(Extract {
+                    size,
+                    ..Extract::default()
+                })?,
             }
-            Output::New(image) => input::spool(&mut stream, image.target.path(), job)?,
-            Output::Existing(image) => input::spool(&mut stream, image.open.spec.path(), job)?,
-        },
+        }
     };
     let mut summary = match &plan.output {
         Output::Stdout => new::to_stdout(plan, &source, job),
