@@ -17,6 +17,7 @@ pub mod oracle;
 pub mod process;
 pub mod scratch;
 pub mod sparse_random;
+pub mod vmware;
 
 pub use process::{Finished, Run};
 pub use scratch::Scratch;

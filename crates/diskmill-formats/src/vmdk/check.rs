@@ -54,9 +54,10 @@ fn run(image: &VmdkImage, files: &[Arc<dyn Storage>], fix: Fix<'_>, job: Job<'_>
                 header: part.header.as_ref(),
                 start: part.start,
                 fix: storage,
+                any_fix: tail,
                 report: &mut report,
             };
-            check.run(tail, job)?;
+            check.run(job)?;
         }
     }
     Ok(report)
@@ -69,6 +70,8 @@ struct Check<'a> {
     start: u64,
     /// Where to put right what is wrong.
     fix: Option<&'a Arc<dyn StorageMut>>,
+    /// The same, also if only what is harmless is to be put right.
+    any_fix: Option<&'a Arc<dyn StorageMut>>,
     report: &'a mut CheckReport,
 }
 
@@ -91,7 +94,7 @@ impl Check<'_> {
         self.report.add(finding, 1);
     }
 
-    fn run(&mut self, tail: Option<&Arc<dyn StorageMut>>, job: Job<'_>) -> Result<()> {
+    fn run(&mut self, job: Job<'_>) -> Result<()> {
         let geometry = self.sparse.geometry;
         let grain = geometry.grain;
         self.report.total_units = self
@@ -153,8 +156,8 @@ impl Check<'_> {
             }
         }
         self.report.image_end_offset = Some(HostOffset::new(self.sparse.file_len));
-        self.leaks(&seen, &ranges, tail)?;
-        if let Some(storage) = self.fix {
+        self.leaks(&seen, &ranges)?;
+        if let Some(storage) = self.any_fix {
             storage.sync()?;
         }
         Ok(())
@@ -196,13 +199,14 @@ impl Check<'_> {
                     let text = format!("both copies of grain table {index} are at the same place");
                     self.add(FindingKind::Corruption, text, Some(at), listed, false);
                 } else if primary_bytes != copy_bytes {
-                    if let Some(storage) = self.fix {
+                    if let Some(storage) = self.any_fix {
                         storage.write_at(sector(copy_at.into()), primary_bytes)?;
                     }
-                    let text = format!("the redundant copy of grain table {index} differs");
-                    let fixed = self.fix.is_some();
+                    // A cut between the two leaves them so, and no data depends on it.
+                    let text = format!("the redundant copy of grain table {index} is out of date");
+                    let fixed = self.any_fix.is_some();
                     self.add(
-                        FindingKind::Corruption,
+                        FindingKind::Leak,
                         text,
                         Some(at),
                         Some(sector(copy_at.into())),
@@ -359,12 +363,7 @@ impl Check<'_> {
     }
 
     /// Room at the end of the file that nothing names; cut off if that is asked for.
-    fn leaks(
-        &mut self,
-        seen: &Seen,
-        ranges: &[(u64, u64)],
-        tail: Option<&Arc<dyn StorageMut>>,
-    ) -> Result<()> {
+    fn leaks(&mut self, seen: &Seen, ranges: &[(u64, u64)]) -> Result<()> {
         let Dialect::Hosted { packed: false, .. } = self.sparse.dialect else {
             return Ok(());
         };
@@ -379,7 +378,7 @@ impl Check<'_> {
         if leaked == 0 || self.sparse.storage.hints().fixed_len {
             return Ok(());
         }
-        let fixed = match tail {
+        let fixed = match self.any_fix {
             // A repair may have put a table there just now.
             Some(storage) if storage.len()? == self.sparse.file_len && self.report.corruptions == 0 => {
                 storage.set_len(end)?;

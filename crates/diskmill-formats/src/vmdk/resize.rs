@@ -4,7 +4,7 @@
 //! behind the new end is forgotten only when nothing leads there any more.
 
 use diskmill_core::{
-    Chain, Error, ErrorKind, Format, GuestOffset, HostOffset, HostRun, LayerMut, Result, SECTOR, ZeroHow,
+    Chain, Error, ErrorKind, Format, HostOffset, HostRun, LayerMut, Result, SECTOR, ZeroHow,
 };
 
 use super::create::{cylinders, full};
@@ -15,7 +15,7 @@ use super::options::SPLIT;
 use super::sparse::Dialect;
 use super::tables::Tables;
 use super::unsupported;
-use super::write::{BodyMut, Image, PartMut, tables_of};
+use super::write::{BodyMut, Image, PartMut, tables_of, zero_from};
 
 /// Empties an extent: no grain is left, and the file ends behind its tables.
 pub(super) fn clear(tables: &mut Tables) -> Result<()> {
@@ -57,7 +57,7 @@ pub(super) fn resize(image: &Image, size: u64, below: &Chain) -> Result<()> {
             let text = format!("size is {size}, must be above 0 and below 2^63");
             Error::new(ErrorKind::Usage, text).format(Format::Vmdk)
         })?;
-    let old = {
+    {
         let mut parts = image.alone();
         let count = parts.len();
         image.touch(&parts)?;
@@ -77,6 +77,9 @@ pub(super) fn resize(image: &Image, size: u64, below: &Chain) -> Result<()> {
                 "the new size would leave whole extents over; convert the disk instead",
             ));
         }
+        if matches!(last.body, BodyMut::Sparse { .. }) && last.header.is_none() {
+            return Err(unsupported("vmfsSparse extents keep their size"));
+        }
         let len = size.saturating_sub(last.start);
         if size > old && split && len > SPLIT {
             return Err(unsupported(
@@ -85,7 +88,7 @@ pub(super) fn resize(image: &Image, size: u64, below: &Chain) -> Result<()> {
         }
         let index = count.saturating_sub(1);
         if size > old {
-            grow(last, len)?;
+            grow(last, len, below)?;
             describe(image, index, len, size)?;
         } else {
             // An embedded descriptor repeats what the header says, which is what counts.
@@ -98,15 +101,8 @@ pub(super) fn resize(image: &Image, size: u64, below: &Chain) -> Result<()> {
             }
         }
         last.len = len;
-        old
-    };
-    if size > old && below.virtual_size() > old {
-        // What the backing image has there is not to come to light.
-        let range = GuestOffset::new(old)..GuestOffset::new(size);
-        image.zero(range, ZeroHow::MayUnmap, below)?;
-        image.flush()?;
     }
-    Ok(())
+    image.flush()
 }
 
 fn describe(image: &Image, index: usize, len: u64, size: u64) -> Result<()> {
@@ -125,7 +121,7 @@ fn describe(image: &Image, index: usize, len: u64, size: u64) -> Result<()> {
     image.write_text(&mut text, new)
 }
 
-fn grow(part: &mut PartMut, len: u64) -> Result<()> {
+fn grow(part: &mut PartMut, len: u64, below: &Chain) -> Result<()> {
     let old = part.len;
     if let BodyMut::Flat { storage, at, .. } = &part.body {
         let end = at.plus(len)?.get();
@@ -148,7 +144,7 @@ fn grow(part: &mut PartMut, len: u64) -> Result<()> {
         return Ok(());
     };
     let Some(mut header) = part.header.clone() else {
-        return Err(unsupported("vmfsSparse extents keep their size"));
+        return Ok(());
     };
     // What lies behind the old end, of an earlier and larger size, say, must not come back.
     forget_behind(&mut tables, old)?;
@@ -207,6 +203,14 @@ fn grow(part: &mut PartMut, len: u64) -> Result<()> {
         tables.find_ranges();
     }
     tables.geometry.disk = len;
+    drop(tables);
+    part.len = len;
+    // What the backing image has there is not to come to light.
+    zero_from(part, old, below)?;
+    let Some(mut tables) = tables_of(part) else {
+        return Ok(());
+    };
+    tables.write_back()?;
     header.capacity = header.capacity.max(len / SECTOR);
     header.gd = Some(tables.directory_at);
     header.rgd = tables.redundant.as_ref().map(|(at, _)| *at);
@@ -235,7 +239,7 @@ fn shrink(part: &mut PartMut, len: u64) -> Result<()> {
         return Ok(());
     };
     let Some(mut header) = part.header.clone() else {
-        return Err(unsupported("vmfsSparse extents keep their size"));
+        return Ok(());
     };
     tables.write_back()?;
     header.capacity = len / SECTOR;

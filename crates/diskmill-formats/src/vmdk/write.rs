@@ -509,6 +509,47 @@ fn zero_grain(
     Ok(len)
 }
 
+/// Makes bytes of a part zeros.
+fn zero_sparse(
+    part: &PartMut,
+    tables: &Mutex<Tables>,
+    range: Range<u64>,
+    how: ZeroHow,
+    below: &Chain,
+) -> Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        let (kind, len) = look(tables, at, range.end.saturating_sub(at))?;
+        let guest = part.start.saturating_add(at);
+        let nothing = match kind {
+            Kind::Zero => true,
+            Kind::Absent => reads_zero(below, guest..guest.saturating_add(len))?,
+            _ => false,
+        };
+        at = at.saturating_add(match nothing {
+            true => len,
+            false => zero_grain(part, tables, at, range.end, how, below)?,
+        });
+    }
+    Ok(())
+}
+
+/// Makes all of a part from `at` on zeros, for whoever has the image alone.
+pub(super) fn zero_from(part: &PartMut, at: u64, below: &Chain) -> Result<()> {
+    let BodyMut::Sparse { tables, .. } = &part.body else {
+        return Ok(());
+    };
+    let step = lock(tables).geometry.table_covers().saturating_mul(64).max(1);
+    let mut at = at;
+    while at < part.len {
+        let end = at.saturating_add(step).min(part.len);
+        zero_sparse(part, tables, at..end, ZeroHow::MayUnmap, below)?;
+        lock(tables).write_back()?;
+        at = end;
+    }
+    Ok(())
+}
+
 impl Layer for Image {
     fn facts(&self) -> &Facts {
         &self.facts
@@ -673,20 +714,7 @@ impl LayerMut for Image {
                 }
                 BodyMut::Sparse { tables, .. } => {
                     let end = piece.local.saturating_add(piece.len);
-                    let mut at = piece.local;
-                    while at < end {
-                        let (kind, len) = look(tables, at, end.saturating_sub(at))?;
-                        let guest = piece.part.start.saturating_add(at);
-                        let nothing = match kind {
-                            Kind::Zero => true,
-                            Kind::Absent => reads_zero(below, guest..guest.saturating_add(len))?,
-                            _ => false,
-                        };
-                        at = match nothing {
-                            true => at.saturating_add(len),
-                            false => at.saturating_add(zero_grain(piece.part, tables, at, end, how, below)?),
-                        };
-                    }
+                    zero_sparse(piece.part, tables, piece.local..end, how, below)?;
                 }
                 BodyMut::Zero => {}
             }
