@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::{
     BackingName, BitmapError, Bitmaps, Chain, DirtyRuns, Encoder, Error, ErrorKind, Extent, Facts, FileIndex,
-    GuestOffset, HostSpan, Job, Options, Result, Snapshots, Storage, Stored, ZeroHow,
+    GuestOffset, HostSpan, Identity, Job, Options, Result, Snapshots, Storage, Stored, ZeroHow,
 };
 
 /// One image, open for reading. It answers for itself alone: what is absent is for the [`Chain`] to ask below.
@@ -32,6 +32,11 @@ pub trait Layer: Send + Sync + Debug {
     /// The number that tells the content, as it is now, where the format keeps one.
     fn content_id(&self) -> Option<u32> {
         self.facts().content_id
+    }
+
+    /// Which image it is and in which state it is now, where its format says so.
+    fn identity(&self) -> Option<Identity> {
+        self.facts().identity
     }
 
     /// Whether what is stored may well be holes of the host, so that a map should ask the storage for them.
@@ -143,6 +148,13 @@ pub trait LayerMut: Layer {
 
     /// Takes a new content id now instead of at the first change, durably, where the format keeps one.
     fn renew_content_id(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes note that the image it is backed by is in another state now, and fits all the same. All zeros: in any
+    /// state. Durable on return. Nothing to do in formats that do not tell.
+    fn set_parent_state(&self, state: [u8; 16]) -> Result<()> {
+        let _ = state;
         Ok(())
     }
 

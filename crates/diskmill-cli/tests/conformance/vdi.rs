@@ -199,6 +199,28 @@ fn vdi__differencing() {
 }
 
 #[test]
+fn vdi__commit() {
+    let (scratch, _, _) = make(14);
+    let run = |words: &str| native(&scratch).words(words);
+    run("convert -f raw -O vdi disk.raw base.vdi").ok();
+    run("create -f vdi -b base.vdi -F vdi child.vdi").ok();
+    oracle::io(
+        scratch.join("disk.raw"),
+        "raw",
+        ["write -P 7 300k 3k", "write -z 1M 1M"],
+    );
+    let new = hash::sha256_file(scratch.join("disk.raw"));
+    run("convert -n -f raw -O vdi disk.raw child.vdi").ok();
+    run("commit -f vdi child.vdi").ok();
+    // It has nothing of its own, and goes on being a child of the new state.
+    assert_eq!(scratch::len(scratch.join("child.vdi")), 1024);
+    assert_eq!(ours_reads(&scratch, "child.vdi"), new);
+    all_read(&scratch, "base.vdi", &new);
+    run("rebase -u -b base.vdi -F vdi child.vdi").finish().expect(1);
+    assert_eq!(ours_reads(&scratch, "child.vdi"), new);
+}
+
+#[test]
 fn vdi__parents_are_found_by_uuid_and_by_nothing_else() {
     let (scratch, _, digest) = make(12);
     let run = |words: &str| native(&scratch).words(words);

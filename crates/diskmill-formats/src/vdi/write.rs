@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
-    Chain, Error, ErrorKind, Extent, Facts, FileIndex, Format, GuestOffset, HostOffset, Layer, LayerMut,
-    OpenSpec, Reserve, Result, Storage, StorageMut, Stored, ZeroHow,
+    Chain, Error, ErrorKind, Extent, Facts, FileIndex, Format, GuestOffset, HostOffset, Identity, Layer,
+    LayerMut, OpenSpec, Reserve, Result, Storage, StorageMut, Stored, ZeroHow,
 };
 
 use super::header::{Header, ImageType};
@@ -21,6 +21,7 @@ use super::layer::within;
 use super::layout::BLOCK;
 use super::map::{BlockMap, Entry, block_of};
 use super::tables::Tables;
+use super::uuid::Uuid;
 use crate::preallocation::zeros;
 use crate::qcow2::flight::{Flights, Hold};
 
@@ -272,6 +273,11 @@ impl Layer for Image {
         (index == FileIndex::MAIN).then_some(&self.readable)
     }
 
+    fn identity(&self) -> Option<Identity> {
+        let state = self.lock().header.uuid_modify.0;
+        self.facts.identity.map(|known| Identity { state, ..known })
+    }
+
     fn is_hollow(&self) -> Result<bool> {
         Ok(self.fixed)
     }
@@ -389,6 +395,16 @@ impl LayerMut for Image {
                 }
             }
         })
+    }
+
+    fn set_parent_state(&self, state: [u8; 16]) -> Result<()> {
+        let mut tables = self.lock();
+        if tables.header.is_diff() {
+            tables.header.uuid_parent_modify = Uuid(state);
+            tables.write_header()?;
+            tables.file.sync()?;
+        }
+        Ok(())
     }
 
     fn flush(&self) -> Result<()> {

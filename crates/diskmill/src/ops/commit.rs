@@ -79,7 +79,19 @@ pub fn run(request: &CommitRequest, warn: &mut dyn FnMut(&OpenWarning), job: Job
     let name = chain.nodes.get(depth).map(|node| Arc::clone(&node.filename));
     let name = name.unwrap_or_default();
     let from = chain.base.virtual_size();
+    // Where an overlay tells the state of what it is backed by, it must open however far this gets.
+    let adopt = |state| match depth {
+        1 => chain
+            .top
+            .set_parent_state(state)
+            .map_err(|error| error.op("write").path(request.open.spec.path())),
+        _ => Ok(()),
+    };
+    adopt([0; 16])?;
     let summary = merge(request, &chain, from, job).map_err(|error| error.op("commit to").path(&*name))?;
+    if let Some(identity) = chain.base.identity() {
+        adopt(identity.state)?;
+    }
     let emptied = !request.keep && depth == 1;
     if emptied {
         chain
