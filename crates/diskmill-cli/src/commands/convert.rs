@@ -437,9 +437,10 @@ impl ConvertArgs {
         if !ui.drop_in() && name == "-" {
             return match self.source_format.as_deref() {
                 None | Some("raw") => Ok(Input::Stdin),
-                Some(format) => Err(Failure::usage(format!(
-                    "standard input can only be raw, since {format} needs to be read back and forth"
-                ))),
+                Some(_) => {
+                    let request = self.source(snapshot).request(name, &self.how.native, ui)?;
+                    Ok(Input::StdinImage(Box::new(request)))
+                }
             };
         }
         let mut request = self.source(snapshot).request(name, &self.how.native, ui)?;

@@ -164,6 +164,39 @@ fn ova__stdout__is_the_same_package() {
 }
 
 #[test]
+fn ova__stdin__packages_and_images_come_through_a_pipe() {
+    let scratch = Scratch::new();
+    let digest = make_disk(&scratch, "disk.raw");
+    native(&scratch).words("convert disk.raw -O ova box.ova").ok();
+    oracle::convert(
+        ["-c"],
+        scratch.join("disk.raw"),
+        "raw",
+        scratch.join("disk.qcow2"),
+        "qcow2",
+    );
+    for (file, format) in [("box.ova", "ova"), ("disk.qcow2", "qcow2")] {
+        let bytes = std::fs::read(scratch.join(file)).unwrap();
+        native(&scratch)
+            .args(["convert", "-f", format, "-", "-O", "raw", "read.raw"])
+            .input(bytes)
+            .ok();
+        assert_eq!(hash::sha256_file(scratch.join("read.raw")), digest, "{format}");
+    }
+    let done = native(&scratch)
+        .words("convert -f ova - -O raw x.raw")
+        .input(vec![7; 70_000])
+        .finish()
+        .expect(1);
+    assert!(done.err().contains("it is no OVF package"), "{done}");
+    let done = native(&scratch)
+        .words("convert -f ova disk.raw -O raw x.raw")
+        .finish()
+        .expect(1);
+    assert!(done.err().contains("it is no OVF package"), "{done}");
+}
+
+#[test]
 fn ova__several_disks__come_out_as_they_went_in() {
     let scratch = Scratch::new();
     let first = make_disk(&scratch, "one.raw");

@@ -56,6 +56,8 @@ pub struct OpenRequest {
     pub backing: bool,
     /// Pass discards on to the host.
     pub unmap: bool,
+    /// The file to look at, open already, in place of the one `spec` names: what came through a pipe.
+    pub given: Option<Arc<File>>,
     /// Look into OVF packages for the disk, instead of taking their bytes for one.
     pub packages: bool,
     /// Which disk of a package: its identifier, its file, or its number from 1.
@@ -88,6 +90,7 @@ impl OpenRequest {
             parents: Vec::new(),
             backing: true,
             unmap: false,
+            given: None,
             packages: false,
             disk: None,
             around: None,
@@ -282,10 +285,11 @@ pub fn image(request: &OpenRequest) -> Result<Image> {
 /// Opens the OVF package that `request` names, whichever disk it speaks of. `None` if it is none, or if the request
 /// does not look into packages or says a format.
 pub fn package(request: &OpenRequest) -> Result<Option<Package>> {
-    if !request.packages || request.format.is_some() || request.spec.driver.is_some() {
+    let spec = &request.spec;
+    let named = request.format.as_deref().or(spec.driver.as_deref());
+    if !request.packages || named.is_some_and(|name| name != crate::package::FORMAT) {
         return Ok(None);
     }
-    let spec = &request.spec;
     let file = understand::open_file(&spec.file, Access::Read, spec, request)
         .map_err(|error| error.op("open").path(spec.path()))?;
     Package::open(Arc::new(file))

@@ -10,7 +10,7 @@ use diskmill_formats::{ForeignKind, registry};
 use diskmill_storage::{CacheMode, File, FileOptions, LockPlan};
 
 use super::{OpenError, OpenRequest};
-use crate::package::{Package, PackageError};
+use crate::package::{self, Package, PackageError};
 use crate::spec::{FileSpec, ImageSpec, driver_error};
 
 /// An image whose header has been understood.
@@ -60,6 +60,7 @@ impl Understood {
         let bare = matches!(named, Some("file" | "host_device"));
         let driver = match named {
             None => None,
+            Some(package::FORMAT) if request.packages => None,
             Some("file" | "host_device") => Some(by_name("raw")?),
             Some(name) => Some(by_name(name)?),
         };
@@ -70,7 +71,10 @@ impl Understood {
         };
         let mut wanted = spec.file.clone();
         wanted.device |= named == Some("host_device");
-        let file = Arc::new(open_file(&wanted, access, spec, request)?);
+        let file = match (&request.given, place) {
+            (Some(file), Place::Top(Access::Read)) => Arc::clone(file),
+            _ => Arc::new(open_file(&wanted, access, spec, request)?),
+        };
         let probed = driver.is_none();
         let inner = match place {
             Place::Top(access) if request.packages && probed => Inner::find(&file, request, access)?,
@@ -81,6 +85,10 @@ impl Understood {
             return Err(Error::new(ErrorKind::Usage, error)
                 .op("open")
                 .path(&spec.file.path));
+        }
+        if inner.is_none() && request.packages && named == Some(package::FORMAT) {
+            let error = Error::new(ErrorKind::NotThisFormat, PackageError::NotOne);
+            return Err(error.op("open").path(&spec.file.path));
         }
         let mut looks_like = None;
         let driver = match driver {

@@ -132,6 +132,9 @@ pub enum PackageError {
     /// A package is never changed in place.
     #[error("it is an OVF package, whose disks can only be read")]
     ReadOnly,
+    /// It was said to be a package, and is none.
+    #[error("it is no OVF package")]
+    NotOne,
     /// A disk was chosen of something that has none to choose from.
     #[error("it is no OVF package, so --disk '{0}' makes no sense")]
     NotAPackage(String),
@@ -142,6 +145,9 @@ impl PackageError {
         Error::new(ErrorKind::Malformed, self)
     }
 }
+
+/// What `-f` calls a package, in an archive or not.
+pub const FORMAT: &str = "ova";
 
 /// Where the files of a package are.
 #[derive(Debug)]

@@ -27,7 +27,7 @@ pub(super) enum Opened {
 }
 
 /// Opens all inputs.
-pub(super) fn open(inputs: &[Input]) -> Result<Opened> {
+pub(super) fn open(inputs: &[Input], job: Job<'_>) -> Result<Opened> {
     let mut disks = Vec::new();
     for input in inputs {
         match input {
@@ -36,7 +36,19 @@ pub(super) fn open(inputs: &[Input]) -> Result<Opened> {
                 request.hold = true;
                 disks.push(named(open::image(&request)?));
             }
-            Input::Stdin if inputs.len() > 1 => return Err(ConvertError::StdinNotAlone.usage()),
+            Input::Stdin | Input::StdinImage(_) if inputs.len() > 1 => {
+                return Err(ConvertError::StdinNotAlone.usage());
+            }
+            Input::StdinImage(request) => {
+                let mut request = (**request).clone();
+                request.spec = ImageSpec::from_path("/dev/stdin");
+                request.hold = true;
+                if stdin_file()?.is_none() {
+                    let near = Path::new("/var/tmp/stdin");
+                    request.given = Some(spool_file(&mut PipeIn::stdin()?, near, job)?);
+                }
+                disks.push(named(open::image(&request)?));
+            }
             Input::Stdin => match stdin_file()? {
                 Some(request) => disks.push(named(open::image(&request)?)),
                 None => return Ok(Opened::Stream(PipeIn::stdin()?)),
@@ -113,15 +125,14 @@ impl ForwardSource for Part<'_> {
 const SPOOL_CHUNK: usize = 1 << 20;
 const SPOOL_STEP: usize = 64 << 10;
 
-/// Keeps a stream in an unnamed file near `near`, for a target that must know the size first.
-pub(super) fn spool(stream: &mut dyn ForwardSource, near: &Path, job: Job<'_>) -> Result<Source> {
+/// Keeps a stream in an unnamed file near `near`.
+fn spool_file(stream: &mut dyn ForwardSource, near: &Path, job: Job<'_>) -> Result<Arc<File>> {
     let beside = match near.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),
     };
     // A directory of devices has no room for it.
     let file = File::temporary(beside).or_else(|_| File::temporary("/var/tmp"))?;
-    let file: Arc<dyn StorageMut> = Arc::new(file);
     let mut buf = vec![0; SPOOL_CHUNK];
     let mut end: u64 = 0;
     loop {
@@ -138,7 +149,12 @@ pub(super) fn spool(stream: &mut dyn ForwardSource, near: &Path, job: Job<'_>) -
         }
     }
     file.set_len(end)?;
-    let main: Arc<dyn Storage> = file;
+    Ok(Arc::new(file))
+}
+
+/// Keeps a raw disk that comes as a stream near `near`, for a target that must know the size first.
+pub(super) fn spool(stream: &mut dyn ForwardSource, near: &Path, job: Job<'_>) -> Result<Source> {
+    let main: Arc<dyn Storage> = spool_file(stream, near, job)?;
     let driver = registry::by_name(Format::Raw.name()).ok_or_else(|| Error::bare(ErrorKind::Unsupported))?;
     let how = OpenSpec::default();
     let layer = driver

@@ -120,7 +120,7 @@ pub fn run(plan: &Plan, job: Job<'_>) -> Result<Summary> {
         return new::with_snapshots(plan, image, &kept, job);
     }
     let extract = plan.extract.unwrap_or_default();
-    let source = match input::open(&plan.inputs)? {
+    let source = match input::open(&plan.inputs, job)? {
         Opened::Disks(source) if plan.extract.is_some() => source.extract(extract)?,
         Opened::Disks(source) => source,
         Opened::Stream(mut stream) => {

@@ -101,7 +101,7 @@ fn run_at(plan: &PackagePlan, job: Job<'_>) -> Result<Packed> {
     job.check()?;
     let mut sources = Vec::with_capacity(plan.disks.len());
     for request in &plan.disks {
-        match input::open(&[Input::Image(Box::new(request.clone()))])? {
+        match input::open(&[Input::Image(Box::new(request.clone()))], job)? {
             Opened::Disks(source) => sources.push(source),
             Opened::Stream(_) => return Err(ConvertError::StdinNotAlone.usage()),
         }

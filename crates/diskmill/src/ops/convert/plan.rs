@@ -80,6 +80,9 @@ pub enum Input {
     Image(Box<OpenRequest>),
     /// A raw disk that comes through standard input. It must be the only input.
     Stdin,
+    /// An image of any format, or a package, that comes through standard input. It must be the only input, and is kept
+    /// in an unnamed file, since it is read back and forth. The request's `spec` is not looked at.
+    StdinImage(Box<OpenRequest>),
 }
 
 /// Where data goes.
