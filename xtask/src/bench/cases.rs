@@ -16,6 +16,8 @@ pub struct Files {
     pub zlib: PathBuf,
     /// Compressed with zstd.
     pub zstd: PathBuf,
+    /// A disk of 2 TiB with all of its tables and nothing else.
+    pub tables: PathBuf,
     /// Where outputs go.
     pub output: PathBuf,
 }
@@ -28,8 +30,10 @@ impl Files {
             qcow2: scratch.join("source.qcow2"),
             zlib: scratch.join("zlib.qcow2"),
             zstd: scratch.join("zstd.qcow2"),
+            tables: scratch.join("tables.qcow2"),
             output: scratch.join("output"),
         };
+        oracle::create(&files.tables, "qcow2", "preallocation=metadata", "2T");
         let best = ["-m", "16", "-W"];
         oracle::convert(best, &files.source, "raw", &files.qcow2, "qcow2");
         oracle::convert(
@@ -122,6 +126,8 @@ pub fn all(files: &Files) -> Vec<Case> {
             &[&files.qcow2],
         ),
         inspect("map qcow2", 0.6, 5, "map --output=json -f qcow2", &[&files.qcow2]),
+        inspect("check qcow2", 0.5, 5, "check -f qcow2", &[&files.qcow2]),
+        inspect("check 2 TiB of tables", 0.5, 1, "check -f qcow2", &[&files.tables]),
     ]
 }
 

@@ -19,6 +19,7 @@ mod matrix;
 mod options;
 mod ova;
 mod readers;
+mod repair;
 mod safety;
 mod sizes;
 mod snapshots;

@@ -16,6 +16,12 @@ pub struct Checked {
     pub report: CheckReport,
 }
 
+/// Whether the data of an image is encrypted. Its tables are not: they can be checked without a key.
+pub fn is_encrypted(request: &OpenRequest) -> Result<bool> {
+    let image = Opener::new(request).understand_top(Access::Read, true)?;
+    Ok(image.parsed.facts().encrypted)
+}
+
 /// Puts right what a check finds: space that leaks, or everything. The report says what was done and what is left.
 ///
 /// Fails as [`run`] does, and if the image cannot be repaired that way, of which nothing comes to harm: a repair that is
