@@ -76,8 +76,18 @@ struct Moment {
     what: String,
     /// One of these, each a set of pictures whose sectors may be mixed.
     mixes: Vec<Vec<Picture>>,
+    tolerance: Tolerance,
+}
+
+/// What may be wrong with an image while a step is under way, and must be put right by a repair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tolerance {
+    /// Nothing but leaks.
+    Leaks,
     /// Flags that only say who shares what may lag behind.
-    flags_may_lag: bool,
+    LaggingFlags,
+    /// It was damaged to begin with.
+    Damage,
 }
 
 /// How an image's files are opened, checked and repaired.
@@ -94,8 +104,8 @@ pub trait Subject {
     /// The files after the whole active disk was overwritten and flushed, which snapshots must not notice.
     fn overwrite(&self, files: &[Vec<u8>]) -> Result<Vec<Vec<u8>>>;
 
-    /// What another checker says: an error if it calls the files corrupt. With `flags_may_lag`, lagging flags are not.
-    fn second_opinion(&self, files: &[Vec<u8>], flags_may_lag: bool) -> std::result::Result<(), String>;
+    /// What another checker says: an error if it calls the files corrupt. What is tolerated is not.
+    fn second_opinion(&self, files: &[Vec<u8>], tolerance: Tolerance) -> std::result::Result<(), String>;
 
     /// Whether a finding of ours is only about a flag that says who shares what.
     fn is_flag(&self, text: &str) -> bool {
@@ -189,7 +199,7 @@ impl Tale {
                 from: 0,
                 what: "opening".to_owned(),
                 mixes: vec![versions.clone()],
-                flags_may_lag: false,
+                tolerance: Tolerance::Leaks,
             }],
             journal: Arc::clone(journal),
             name: name.into(),
@@ -228,7 +238,7 @@ impl Tale {
             from: mark,
             what: what.clone(),
             mixes,
-            flags_may_lag: false,
+            tolerance: Tolerance::Leaks,
         });
         self.versions = match effect {
             Effect::Flows => {
@@ -243,17 +253,17 @@ impl Tale {
             from: self.journal.len(),
             what: format!("after {what}"),
             mixes: vec![self.versions.clone()],
-            flags_may_lag: false,
+            tolerance: Tolerance::Leaks,
         });
     }
 
     /// Demands that `files` are sound and show what they may when a step that has failed was to lead to `after`, through
-    /// `through`. Lagging flags are repaired.
+    /// `through`. What is tolerated is repaired.
     pub fn failed(
         &self,
         subject: &dyn Subject,
         files: &[Vec<u8>],
-        effect: Effect,
+        (effect, tolerance): (Effect, Tolerance),
         through: Vec<Picture>,
         after: &Picture,
     ) -> std::result::Result<(), String> {
@@ -261,7 +271,7 @@ impl Tale {
             from: 0,
             what: String::new(),
             mixes: mixes(&self.versions, effect, through, after),
-            flags_may_lag: effect == Effect::Switches,
+            tolerance,
         };
         if self.sound(subject, files, &moment, &mut Figures::default())? {
             repaired(subject, files, &moment)?;
@@ -269,10 +279,14 @@ impl Tale {
         Ok(())
     }
 
-    /// Says of the step noted last that flags of who shares what may lag while it is under way.
-    pub fn flags_may_lag(&mut self) {
+    /// Says what may be wrong while the step noted last is under way.
+    pub fn tolerate(&mut self, tolerance: Tolerance) {
         if let Some(step) = self.moments.iter_mut().rev().nth(1) {
-            step.flags_may_lag = true;
+            step.tolerance = tolerance;
+        }
+        if tolerance == Tolerance::Damage {
+            // What is damaged to begin with is so before the step, too.
+            self.moments[0].tolerance = tolerance;
         }
     }
 
@@ -313,35 +327,35 @@ impl Tale {
         let files = self.journal.state(&cut);
         let moment = self.moment(cut.count);
         figures.states += 1;
-        let lagging = self.sound(subject, &files, moment, figures)?;
-        if figures.states.is_multiple_of(effort.overwrite_every) {
+        let wrong = self.sound(subject, &files, moment, figures)?;
+        if !wrong && figures.states.is_multiple_of(effort.overwrite_every) {
             figures.overwritten += 1;
-            let seen = subject.look(&files).map_err(|error| format!("{error:?}"))?;
-            let used = subject
-                .overwrite(&files)
-                .map_err(|error| format!("writing to it fails: {error:?}"))?;
-            let report = subject.check(&used).map_err(|error| format!("{error:?}"))?;
-            if worse(subject, &report, lagging) {
-                return Err(format!("once written to it is corrupt: {:#?}", report.findings));
+            overwritten(subject, &files)?;
+        }
+        if wrong || figures.states.is_multiple_of(effort.repair_every) {
+            figures.repaired += 1;
+            let repaired = repaired(subject, &files, moment)?;
+            if wrong && moment.tolerance == Tolerance::LaggingFlags {
+                overwritten(subject, &files)?;
             }
-            let then = subject.look(&used).map_err(|error| format!("{error:?}"))?;
-            if let Some(text) = seen.frame_differs(&then) {
-                return Err(format!("once written to: {text}"));
+            if figures.repaired.is_multiple_of(effort.judge_every) {
+                figures.judged += 1;
+                subject
+                    .second_opinion(&repaired, Tolerance::Leaks)
+                    .map_err(|text| format!("repaired, the other checker: {text}"))?;
             }
         }
-        if lagging || figures.states.is_multiple_of(effort.repair_every) {
-            figures.repaired += u64::from(repaired(subject, &files, moment)?);
-        }
-        if figures.states.is_multiple_of(effort.judge_every) {
+        if figures.states.is_multiple_of(effort.judge_every) && moment.tolerance != Tolerance::Damage {
             figures.judged += 1;
             subject
-                .second_opinion(&files, moment.flags_may_lag)
+                .second_opinion(&files, moment.tolerance)
                 .map_err(|text| format!("the other checker: {text}"))?;
         }
         Ok(())
     }
 
-    /// Demands that the files are not corrupt and show what they may. Returns whether flags lag.
+    /// Demands that the files are not corrupt and show what they may. Returns whether anything tolerated is
+    /// wrong with them.
     fn sound(
         &self,
         subject: &dyn Subject,
@@ -353,14 +367,14 @@ impl Tale {
             .check(files)
             .map_err(|error| format!("checking fails: {error:?}"))?;
         figures.leaking += u64::from(report.leaks > 0);
-        if worse(subject, &report, moment.flags_may_lag) {
+        if worse(subject, &report, moment.tolerance) {
             return Err(format!("corrupt: {:#?}", report.findings));
         }
         let found = subject
             .look(files)
             .map_err(|error| format!("it does not open: {error:?}"))?;
         explain(&moment.mixes, &found)?;
-        Ok(report.corruptions > 0)
+        Ok(report.corruptions + report.check_errors > 0)
     }
 
     fn describe(&self, cut: Cut) -> String {
@@ -402,29 +416,56 @@ fn mixes(before: &[Picture], effect: Effect, through: Vec<Picture>, after: &Pict
     }
 }
 
-/// Demands that a repair leaves files clean, and shows what they may show.
-fn repaired(subject: &dyn Subject, files: &[Vec<u8>], moment: &Moment) -> std::result::Result<bool, String> {
-    let repaired = match subject.repair(files) {
-        Err(error) if error.kind() == diskmill_core::ErrorKind::Unsupported => return Ok(false),
-        other => other.map_err(|error| format!("repairing it fails: {error:?}"))?,
-    };
+/// Demands that a repair leaves files clean, and shows what they may show. Returns the files.
+fn repaired(
+    subject: &dyn Subject,
+    files: &[Vec<u8>],
+    moment: &Moment,
+) -> std::result::Result<Vec<Vec<u8>>, String> {
+    let repaired = subject
+        .repair(files)
+        .map_err(|error| format!("repairing it fails: {error:?}"))?;
     let report = subject.check(&repaired).map_err(|error| format!("{error:?}"))?;
     if report.check_errors + report.corruptions + report.leaks > 0 {
         return Err(format!("repaired it is not clean: {:#?}", report.findings));
     }
     let then = subject.look(&repaired).map_err(|error| format!("{error:?}"))?;
     explain(&moment.mixes, &then).map_err(|text| format!("repaired: {text}"))?;
-    Ok(true)
+    Ok(repaired)
+}
+
+/// Demands that writing to all of the disk harms nothing beside it.
+fn overwritten(subject: &dyn Subject, files: &[Vec<u8>]) -> std::result::Result<(), String> {
+    let seen = subject.look(files).map_err(|error| format!("{error:?}"))?;
+    let used = subject
+        .overwrite(files)
+        .map_err(|error| format!("writing to it fails: {error:?}"))?;
+    let report = subject.check(&used).map_err(|error| format!("{error:?}"))?;
+    // Flags that lagged may lag on.
+    if worse(subject, &report, Tolerance::LaggingFlags) {
+        return Err(format!("once written to it is corrupt: {:#?}", report.findings));
+    }
+    let mut then = subject.look(&used).map_err(|error| format!("{error:?}"))?;
+    // Bitmaps note what was written.
+    then.traits.clone_from(&seen.traits);
+    match seen.frame_differs(&then) {
+        Some(text) => Err(format!("once written to: {text}")),
+        None => Ok(()),
+    }
 }
 
 /// Whether a report has corruptions that are not to be had.
-fn worse(subject: &dyn Subject, report: &CheckReport, flags_may_lag: bool) -> bool {
+fn worse(subject: &dyn Subject, report: &CheckReport, tolerance: Tolerance) -> bool {
     let flags = report
         .findings
         .iter()
         .filter(|finding| finding.kind == FindingKind::Corruption && subject.is_flag(&finding.text))
         .count() as u64;
-    report.check_errors > 0 || report.corruptions > if flags_may_lag { flags } else { 0 }
+    match tolerance {
+        Tolerance::Leaks => report.check_errors + report.corruptions > 0,
+        Tolerance::LaggingFlags => report.check_errors > 0 || report.corruptions > flags,
+        Tolerance::Damage => false,
+    }
 }
 
 /// Demands that `found` is one of the mixes.

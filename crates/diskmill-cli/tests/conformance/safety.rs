@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use diskmill_testkit::crash::{Effect, Picture, explains};
 use diskmill_testkit::sparse_random::SparseRandom;
-use diskmill_testkit::{Run, Scratch, oracle};
+use diskmill_testkit::{Scratch, oracle};
 
 use crate::tools::ours;
 
@@ -162,10 +162,7 @@ fn mend(scratch: &Scratch, may_lag: bool, seen: &str) -> bool {
         Some(2) if may_lag => {}
         _ => panic!("{seen}: {done}"),
     }
-    Run::new("qemu-img")
-        .dir(scratch.path())
-        .words("check -q -f qcow2 -r all image")
-        .finish();
+    ours(scratch).words("check -q -f qcow2 -r all image").finish();
     ours(scratch).words("check -f qcow2 image").ok();
     oracle::assert_clean(scratch.join("image"), "qcow2");
     true

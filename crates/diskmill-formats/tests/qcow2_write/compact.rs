@@ -8,7 +8,7 @@ use diskmill_core::{
     ZeroHow,
 };
 use diskmill_formats::registry;
-use diskmill_testkit::crash::{Effect, Effort, Picture, Tale};
+use diskmill_testkit::crash::{Effect, Effort, Picture, Tale, Tolerance};
 use diskmill_testkit::fault::{Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::pattern;
 use diskmill_testkit::sparse_random::mix;
@@ -154,7 +154,7 @@ fn a_power_cut_at_any_moment_leaks_at_worst() {
         assert!(report.saved() > 0, "{name}: {report:?}");
         tale.note(0, "compact", Effect::Settles, start.clone());
         if !start.snapshots.is_empty() {
-            tale.flags_may_lag();
+            tale.tolerate(Tolerance::LaggingFlags);
         }
         let mut effort = Effort::usual(seed()).times(soak());
         effort.bounds.prefixes = effort.bounds.prefixes.max(prefixes);

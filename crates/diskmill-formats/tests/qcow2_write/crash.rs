@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use diskmill_core::{ErrorKind, GuestOffset, ZeroHow};
-use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Tale};
+use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Tale, Tolerance};
 use diskmill_testkit::fault::{Change, Failure, Faults, Journal, Lasting};
 use diskmill_testkit::figures;
 use diskmill_testkit::model::{Model, Op};
@@ -126,7 +126,7 @@ fn play(name: &str, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Tale {
         let effect = effect_of(op, tale.now(), &after);
         tale.note_through(mark, format!("{op:?}"), effect, through, after);
         if effect == Effect::Switches {
-            tale.flags_may_lag();
+            tale.tolerate(Tolerance::LaggingFlags);
         }
     }
     tale
@@ -296,7 +296,12 @@ fn fail(image: &Image, start: &Picture, ops: &[Op], faults: &Arc<Faults>) -> Res
             retried.disk[..512].copy_from_slice(&start.disk[..512]);
             last.push(retried);
             let files = images::bytes(&inner);
-            tale.failed(image, &files, effect(op), last, &shown(&next))
+            let tolerance = match effect(op) {
+                Effect::Switches => Tolerance::LaggingFlags,
+                _ => Tolerance::Leaks,
+            };
+            let how = (effect(op), tolerance);
+            tale.failed(image, &files, how, last, &shown(&next))
                 .map_err(|text| format!("{op:?} fails ({error:?}): {text}"))?;
             return Ok(true);
         }
@@ -305,7 +310,13 @@ fn fail(image: &Image, start: &Picture, ops: &[Op], faults: &Arc<Faults>) -> Res
     }
     drop(layer);
     let shown = shown(&model);
-    tale.failed(image, &images::bytes(&inner), Effect::Flows, Vec::new(), &shown)?;
+    tale.failed(
+        image,
+        &images::bytes(&inner),
+        (Effect::Flows, Tolerance::Leaks),
+        Vec::new(),
+        &shown,
+    )?;
     Ok(false)
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use diskmill_core::{Chain, CheckReport, GuestOffset, Job, Layer, Repair, Result, Storage};
 use diskmill_formats::registry;
 use diskmill_storage::Memory;
-use diskmill_testkit::crash::{Picture, Subject};
+use diskmill_testkit::crash::{Picture, Subject, Tolerance};
 use diskmill_testkit::{model, oracle};
 
 use super::images::{self, Disks, Image};
@@ -78,11 +78,11 @@ impl Subject for Image {
         Ok(images::bytes(&disks))
     }
 
-    fn second_opinion(&self, files: &[Vec<u8>], flags_may_lag: bool) -> Result<(), String> {
+    fn second_opinion(&self, files: &[Vec<u8>], tolerance: Tolerance) -> Result<(), String> {
         let path = self.dump(files);
         match oracle::check(&path, "qcow2") {
             (_, 0 | 3) => Ok(()),
-            (_, 2) if flags_may_lag => {
+            (_, 2) if tolerance == Tolerance::LaggingFlags => {
                 // It calls flags that lag corrupt. Its repair must then find nothing to be lost.
                 oracle::qemu_img()
                     .args(["check", "-q", "-f", "qcow2", "-r", "all"])

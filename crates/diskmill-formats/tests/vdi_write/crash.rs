@@ -7,7 +7,7 @@ use diskmill_core::{
     CheckReport, CompactSpec, Driver, ErrorKind, GuestOffset, Job, Repair, Result, Role, Storage,
 };
 use diskmill_formats::vdi;
-use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Subject, Tale};
+use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Subject, Tale, Tolerance};
 use diskmill_testkit::fault::{Change, Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::{self, Model, Op};
 
@@ -41,7 +41,7 @@ impl Subject for Image {
         Ok(vec![images::bytes(&disk)])
     }
 
-    fn second_opinion(&self, files: &[Vec<u8>], _flags_may_lag: bool) -> Result<(), String> {
+    fn second_opinion(&self, files: &[Vec<u8>], _tolerance: Tolerance) -> Result<(), String> {
         match self.qemu_checks(&files[0]) {
             (_, 0) => Ok(()),
             (report, code) => Err(format!("code {code}: {report}")),

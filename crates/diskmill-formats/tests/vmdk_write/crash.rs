@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use diskmill_core::{CheckReport, GuestOffset, Repair, Result};
-use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Subject, Tale};
+use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Subject, Tale, Tolerance};
 use diskmill_testkit::fault::{Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::{self, Model, Op};
 
@@ -38,7 +38,7 @@ impl Subject for Image {
         Ok(images::all_bytes(&disks))
     }
 
-    fn second_opinion(&self, files: &[Vec<u8>], _flags_may_lag: bool) -> Result<(), String> {
+    fn second_opinion(&self, files: &[Vec<u8>], _tolerance: Tolerance) -> Result<(), String> {
         self.qemu_checks(files)
     }
 }

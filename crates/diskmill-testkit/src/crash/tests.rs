@@ -28,7 +28,7 @@ impl Subject for Halves {
         Ok(files.to_vec())
     }
 
-    fn second_opinion(&self, _: &[Vec<u8>], _: bool) -> std::result::Result<(), String> {
+    fn second_opinion(&self, _: &[Vec<u8>], _: Tolerance) -> std::result::Result<(), String> {
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use diskmill_testkit::crash::{Effort, Figures, Tale};
 use diskmill_testkit::figures::tell_cuts;
 
 use super::operations::{OPERATIONS, seed, soak};
-use super::world::{Operation, Outcome, Recorded, Recorder, World};
+use super::world::{Operation, Recorded, Recorder, World};
 
 fn survive(operation: &Operation) -> Figures {
     let Some(effect) = operation.outcome.effect() else {
@@ -22,9 +22,7 @@ fn survive(operation: &Operation) -> Figures {
     world.around = None;
     let after = world.look().expect("look");
     tale.note(0, operation.name, effect, after);
-    if operation.outcome == Outcome::Sharing {
-        tale.flags_may_lag();
-    }
+    tale.tolerate(operation.outcome.tolerance());
     let names = recorder.names();
     assert!(
         !recorder.journal.is_empty(),

@@ -77,8 +77,14 @@ fn fail(operation: &Operation) -> u64 {
                         let start = World::of(&first).look().expect("look");
                         let tale = Tale::new(operation.name, &Journal::new(), start);
                         let files: Vec<Vec<u8>> = world.files().into_values().collect();
-                        tale.failed(&subject, &files, effect, Vec::new(), &whole.look().expect("look"))
-                            .unwrap_or_else(|text| panic!("{what} ({done:?}): {text}"));
+                        tale.failed(
+                            &subject,
+                            &files,
+                            (effect, operation.outcome.tolerance()),
+                            Vec::new(),
+                            &whole.look().expect("look"),
+                        )
+                        .unwrap_or_else(|text| panic!("{what} ({done:?}): {text}"));
                     }
                 }
             }

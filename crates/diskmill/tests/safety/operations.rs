@@ -2,14 +2,16 @@
 
 use diskmill::open::OpenRequest;
 use diskmill::ops::amend::{self, AmendRequest};
+use diskmill::ops::check;
 use diskmill::ops::compact;
 use diskmill::ops::convert::{self, ExistingImage, Input, NewImage, Output, Plan};
 use diskmill::ops::create::{self, CreateRequest};
 use diskmill::ops::resize::{self, NewSize, Preallocation, ResizeRequest};
 use diskmill::ops::snapshot::{self, Action};
 use diskmill::spec::ImageSpec;
-use diskmill_core::{CompactSpec, Compression, Error, ErrorKind, Job, Options, Result};
+use diskmill_core::{CompactSpec, Compression, Job, Options, Repair, Result};
 use diskmill_testkit::crash::Effect;
+use diskmill_testkit::scratch::{patch, peek};
 use diskmill_testkit::{Scratch, oracle};
 
 use super::world::{Operation, Outcome, World};
@@ -26,8 +28,12 @@ pub fn soak() -> u32 {
 
 /// Repairs everything in every image.
 pub fn repair(world: &World) -> Result<()> {
-    let _ = world;
-    Err(Error::bare(ErrorKind::Unsupported))
+    for name in world.scratch.names() {
+        if !name.ends_with("raw") && !name.ends_with("data") {
+            check::repair(&world.request(&name), Repair::All, Job::silent())?;
+        }
+    }
+    Ok(())
 }
 
 /// A raw disk of 300 KiB called `disk.raw`.
@@ -92,6 +98,22 @@ fn change(world: &World, action: Action) -> Result<()> {
 fn amend(world: &World, options: &str) -> Result<()> {
     let request = AmendRequest::new(world.request("image"), Options::parse(options));
     amend::run(&request, &mut |_| {}, Job::silent())
+}
+
+/// Changes the entry of 16 bits that counts each of these clusters in `image`, which has one refcount block.
+fn recount(scratch: &Scratch, clusters: impl IntoIterator<Item = u64>, change: fn(u16) -> u16) {
+    let image = scratch.join("image");
+    let number = |at| {
+        let bytes: [u8; 8] = peek(&image, at, 8).try_into().expect("8 bytes");
+        u64::from_be_bytes(bytes)
+    };
+    // The offset of the refcount table is at byte 48.
+    let block = number(number(48));
+    for cluster in clusters {
+        let at = block + cluster * 2;
+        let count: [u8; 2] = peek(&image, at, 2).try_into().expect("2 bytes");
+        patch(&image, at, &change(u16::from_be_bytes(count)).to_be_bytes());
+    }
 }
 
 /// Leaves room at the start of `image`, and space that nothing refers to.
@@ -281,5 +303,49 @@ pub const OPERATIONS: &[Operation] = &[
         },
         run: |world| compact(world, Some(Compression::default())),
         outcome: SWITCHES,
+    },
+    Operation {
+        name: "repair leaks",
+        make: |scratch| {
+            kept(scratch, "cluster_size=4k");
+            recount(scratch, 3..20, |count| count + 1);
+        },
+        run: repair,
+        outcome: Outcome::Repair,
+    },
+    Operation {
+        name: "repair counts that are too low",
+        make: |scratch| {
+            kept(scratch, "cluster_size=4k");
+            recount(scratch, (0..30).step_by(3), |count| count.saturating_sub(1));
+        },
+        run: repair,
+        outcome: Outcome::Repair,
+    },
+    Operation {
+        name: "rebuild refcounts",
+        make: |scratch| {
+            kept(scratch, "cluster_size=512");
+            let image = scratch.join("image");
+            // The refcount table is at cluster 1 of a new image.
+            patch(&image, 512, &[0; 512]);
+        },
+        run: repair,
+        outcome: Outcome::Repair,
+    },
+    Operation {
+        name: "repair a dirty image",
+        make: |scratch| {
+            used(scratch, "cluster_size=16k,extended_l2=on,lazy_refcounts=on");
+            recount(scratch, 4..9, |_| 0);
+            // Incompatible features: dirty.
+            patch(
+                scratch.join("image"),
+                79,
+                &[peek(scratch.join("image"), 79, 1)[0] | 1],
+            );
+        },
+        run: repair,
+        outcome: Outcome::Repair,
     },
 ];

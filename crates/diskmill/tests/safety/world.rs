@@ -9,7 +9,7 @@ use diskmill::ops::check;
 use diskmill::policy::References;
 use diskmill::spec::ImageSpec;
 use diskmill_core::{CheckReport, GuestOffset, Job, Result, StorageMut};
-use diskmill_testkit::crash::{Effect, Picture, Subject};
+use diskmill_testkit::crash::{Effect, Picture, Subject, Tolerance};
 use diskmill_testkit::fault::{Faults, Journal};
 use diskmill_testkit::{Scratch, model, oracle};
 
@@ -42,6 +42,8 @@ pub enum Outcome {
     InPlace(Effect),
     /// `image` is changed in place, at once, and flags of who shares what follow.
     Sharing,
+    /// `image` is damaged and put right.
+    Repair,
 }
 
 impl Outcome {
@@ -50,7 +52,16 @@ impl Outcome {
         match self {
             Self::New => None,
             Self::InPlace(effect) => Some(effect),
-            Self::Sharing => Some(Effect::Switches),
+            Self::Sharing | Self::Repair => Some(Effect::Switches),
+        }
+    }
+
+    /// What may be wrong with `image` on the way.
+    pub fn tolerance(self) -> Tolerance {
+        match self {
+            Self::New | Self::InPlace(_) => Tolerance::Leaks,
+            Self::Sharing => Tolerance::LaggingFlags,
+            Self::Repair => Tolerance::Damage,
         }
     }
 }
@@ -232,7 +243,7 @@ impl Subject for Recorded {
         Ok(self.files(&world))
     }
 
-    fn second_opinion(&self, files: &[Vec<u8>], flags_may_lag: bool) -> std::result::Result<(), String> {
+    fn second_opinion(&self, files: &[Vec<u8>], tolerance: Tolerance) -> std::result::Result<(), String> {
         let world = self.world(files);
         for name in world.scratch.names() {
             if name.ends_with("raw") || name.ends_with("data") {
@@ -240,7 +251,7 @@ impl Subject for Recorded {
             }
             match oracle::check(world.scratch.join(&name), "qcow2") {
                 (_, 0 | 3) => {}
-                (_, 2) if flags_may_lag => {}
+                (_, 2) if tolerance == Tolerance::LaggingFlags => {}
                 (report, code) => return Err(format!("{name}, code {code}: {report}")),
             }
         }
