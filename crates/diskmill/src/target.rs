@@ -4,12 +4,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diskmill_core::{Durability, FilesMut, OutputName, OutputSpec, Result, Role, Storage, StorageMut};
+use diskmill_core::{
+    Durability, Error, ErrorKind, FilesMut, LayerMut, OpenSpec, OutputName, OutputSpec, Result, Role,
+    Storage, StorageMut,
+};
 use diskmill_storage::{
     CacheMode, File, FileOptions, InPlace, LockPlan, NotADisk, PipeOut, StageOptions, Staged,
 };
 
 use crate::open::Around;
+use crate::ops::create::creatable;
 use crate::policy::References;
 
 /// The files a new image is written to. Unless [`commit`](Self::commit) is called, the target stays as it was.
@@ -88,6 +92,18 @@ impl Target {
     /// The files, in the order they were asked for.
     pub(crate) fn files(&self) -> FilesMut {
         self.files.clone()
+    }
+
+    /// Opens the image of format `format` that the files hold by now, to go on changing it.
+    pub(crate) fn reopen(&self, format: &str) -> Result<Arc<dyn LayerMut>> {
+        let driver = creatable(format)?;
+        let how = OpenSpec::default();
+        let main = self
+            .files
+            .first()
+            .map(|(_, file)| Arc::clone(file) as Arc<dyn Storage>);
+        let main = main.ok_or_else(|| Error::bare(ErrorKind::Usage))?;
+        driver.parse(main, &how)?.attach_mut(self.files(), &how)
     }
 
     /// Why a target that could have been replaced when complete is written in place.

@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use clap::Args;
 use diskmill::open;
-use diskmill::ops::convert::{ConvertError, ExistingImage, Input, NewImage, Output, Plan, Summary, run};
+use diskmill::ops::convert::{
+    BitmapNotCopied, ConvertError, ExistingImage, Input, NewImage, Output, Plan, Summary, run,
+};
 use diskmill::ops::create::CreateError;
 use diskmill::spec::ImageSpec;
 use diskmill_core::{Compression, Durability, ErrorKind, OptionError, Options};
@@ -414,6 +416,7 @@ impl ConvertArgs {
         plan.rate = settings.rate;
         plan.bitmaps = self.bitmaps;
         plan.keep_snapshots = self.keep_snapshots;
+        plan.skip_broken_bitmaps = self.skip_broken_bitmaps;
         plan.durability = match settings.cache {
             Some(CacheMode::Unsafe) => Durability::None,
             None if ui.drop_in() => Durability::None,
@@ -543,6 +546,7 @@ fn is_about_the_request(error: &diskmill_core::Error) -> bool {
     );
     create
         || error.find::<ConvertError>().is_some()
+        || error.find::<BitmapNotCopied>().is_some()
         || matches!(error.find::<OptionError>(), Some(OptionError::Unknown(_)))
 }
 

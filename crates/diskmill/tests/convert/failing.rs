@@ -131,7 +131,7 @@ fn what_makes_no_sense_is_refused_before_the_target_is_touched() {
         error.find::<ConvertError>(),
         Some(ConvertError::NoCompression(_))
     ));
-    fails(&|plan| plan.bitmaps = true, "qcow2", ErrorKind::Unsupported);
+    fails(&|plan| plan.bitmaps = true, "raw", ErrorKind::Unsupported);
     fails(&|plan| plan.inputs.push(Input::Stdin), "raw", ErrorKind::Usage);
     fails(&|plan| plan.inputs.clear(), "raw", ErrorKind::Usage);
     fails(&|_| {}, "foo", ErrorKind::Usage);

@@ -10,7 +10,7 @@ use super::lane::{Feed, Lane};
 use super::leave::Leave;
 use super::sink::{Existing, Sink};
 use super::source::{Cut, Scanner, Source};
-use super::{ConvertError, ExistingImage, PAGE, Plan, Summary, cut, summary, workers};
+use super::{ConvertError, ExistingImage, PAGE, Plan, Summary, bitmaps, cut, summary, workers};
 use crate::open;
 
 /// Writes `source` over an image. What the image has behind the source's end stays.
@@ -49,6 +49,9 @@ pub(super) fn to_image(plan: &Plan, image: &ExistingImage, source: &Source, job:
         rate: plan.rate,
     };
     let summary = transfer.run(job)?;
+    if plan.bitmaps {
+        bitmaps::copy(plan, &**source.layer(0, 0)?, &*opened.top)?;
+    }
     opened.top.flush()?;
     Ok(summary)
 }

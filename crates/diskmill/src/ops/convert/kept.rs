@@ -5,18 +5,16 @@
 //! have in common are stored once. All of it happens in files that nobody sees before they are complete.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use diskmill_core::{
-    Chain, EncodedKind, Encoder, Error, ErrorKind, Format, GuestOffset, Job, LayerMut, NewSnapshot, OpenSpec,
-    Resolved, Result, SnapshotFacts, State, Storage, Stored, ZeroHow,
+    Chain, EncodedKind, Encoder, Format, GuestOffset, Job, Layer, LayerMut, NewSnapshot, Resolved, Result,
+    SnapshotFacts, State, Stored, ZeroHow,
 };
 
 use super::source::Source;
 use super::work::is_zero;
 use super::{ConvertError, Input, NewImage, Output, Plan};
 use crate::open::{self, Image, OpenRequest};
-use crate::ops::create;
 use crate::target::Target;
 
 /// Bytes that are compared and written at once, unless a cluster is larger.
@@ -83,6 +81,13 @@ impl Kept {
         self.active.chain.virtual_size()
     }
 
+    /// The image itself.
+    pub(super) fn top(&self) -> Result<&dyn Layer> {
+        let top = self.active.chain.layers().first();
+        top.map(|top| &**top)
+            .ok_or_else(|| ConvertError::NoSource.usage())
+    }
+
     fn state(&self, of: &SnapshotFacts) -> Result<Image> {
         let mut request = self.request.clone();
         request.snapshot = Some(of.id.clone());
@@ -92,7 +97,9 @@ impl Kept {
     /// Goes on where the builder has stopped: `target` holds the first state.
     pub(super) fn carry(&self, plan: &Plan, image: &NewImage, target: &Target, job: Job<'_>) -> Result<()> {
         let path = image.target.path();
-        let layer = reopen(image, target).map_err(|error| error.op("create").path(path))?;
+        let layer = target
+            .reopen(&image.format)
+            .map_err(|error| error.op("create").path(path))?;
         let mut writer = Writer::new(plan, &*layer, job)?;
         let mut now = match self.snapshots.first() {
             Some(oldest) => self.state(oldest)?,
@@ -156,18 +163,6 @@ impl Kept {
         }
         Ok(())
     }
-}
-
-/// Opens the files of a new image that is complete, to go on changing it.
-fn reopen(image: &NewImage, target: &Target) -> Result<Arc<dyn LayerMut>> {
-    let driver = create::creatable(&image.format)?;
-    let files = target.files();
-    let how = OpenSpec::default();
-    let main = files
-        .first()
-        .map(|(_, file)| Arc::clone(file) as Arc<dyn Storage>);
-    let main = main.ok_or_else(|| Error::bare(ErrorKind::Usage))?;
-    driver.parse(main, &how)?.attach_mut(files, &how)
 }
 
 /// Makes one state of another.

@@ -4,6 +4,7 @@
 //! compression), wait for their turn, place it in the new image's tables, pass the turn on, and write. Only placing is
 //! serial, so the bytes of the image do not depend on how many workers there are, and memory is what the workers hold.
 
+mod bitmaps;
 mod existing;
 mod input;
 mod kept;
@@ -27,6 +28,7 @@ use std::thread;
 use diskmill_core::{Error, ErrorKind, Job, Result};
 pub use diskmill_storage::InPlace;
 
+pub use bitmaps::BitmapNotCopied;
 pub use package::{PackagePlan, Packed, run_package};
 pub use plan::{ExistingImage, Extract, Input, NewImage, Output, Plan};
 
@@ -74,9 +76,6 @@ pub enum ConvertError {
     /// Several disks cannot be differences to one backing image.
     #[error("a backing image makes no sense with several sources")]
     BackingWithSeveral,
-    /// Dirty bitmaps cannot be copied yet.
-    #[error("copying dirty bitmaps is not supported yet")]
-    Bitmaps,
     /// Snapshots can be carried from one image alone, not from one of its snapshots.
     #[error("keeping snapshots needs one image as the source, and its active state")]
     KeepOneImage,
@@ -86,6 +85,18 @@ pub enum ConvertError {
     /// The target cannot have any.
     #[error("snapshots can only be kept in a qcow2 image without a data file")]
     KeepsNone,
+    /// Dirty bitmaps are of one disk.
+    #[error("dirty bitmaps can only be copied from a single source")]
+    BitmapsOfSeveral,
+    /// There are no dirty bitmaps to copy, and there cannot be any.
+    #[error("the source is of a format that keeps no dirty bitmaps")]
+    NoBitmaps,
+    /// The target cannot keep them.
+    #[error("the target of format '{0}' keeps no dirty bitmaps")]
+    TargetKeepsNoBitmaps(String),
+    /// One of them cannot be trusted.
+    #[error("dirty bitmap '{0}' is inconsistent: skip those that are, or remove it")]
+    BrokenBitmap(String),
     /// There is nothing to read.
     #[error("there is no source")]
     NoSource,
@@ -109,9 +120,6 @@ impl ConvertError {
 
 /// Converts. The target is absent, or as it was, if this fails, unless it had to be written in place.
 pub fn run(plan: &Plan, job: Job<'_>) -> Result<Summary> {
-    if plan.bitmaps {
-        return Err(ConvertError::Bitmaps.unsupported());
-    }
     if plan.offload && plan.compress.is_some() {
         return Err(ConvertError::OffloadAndCompression.usage());
     }
@@ -123,6 +131,7 @@ pub fn run(plan: &Plan, job: Job<'_>) -> Result<Summary> {
     let source = match input::open(&plan.inputs, job)? {
         Opened::Disks(source) if plan.extract.is_some() => source.extract(extract)?,
         Opened::Disks(source) => source,
+        Opened::Stream(_) if plan.bitmaps => return Err(ConvertError::NoBitmaps.unsupported()),
         Opened::Stream(mut stream) => {
             let mut stream = input::Part::new(&mut stream, extract);
             let near = match &plan.output {
@@ -146,6 +155,9 @@ pub fn run(plan: &Plan, job: Job<'_>) -> Result<Summary> {
             }
         }
     };
+    if plan.bitmaps {
+        bitmaps::check(plan, &**source.layer(0, 0)?, job)?;
+    }
     let mut summary = match &plan.output {
         Output::Stdout => new::to_stdout(plan, &source, job),
         Output::New(image) => new::to_image(plan, image, &source, job),

@@ -12,7 +12,9 @@ use super::lane::{Feed, Lane, Stream};
 use super::leave::Leave;
 use super::sink::{Ordered, Sink};
 use super::source::{Cut, Scanner, Source};
-use super::{ConvertError, Input, NewImage, Plan, Summary, cut, cut_whole, summary, workers};
+use super::{
+    ConvertError, Input, NewImage, Output, Plan, Summary, bitmaps, cut, cut_whole, summary, workers,
+};
 use crate::open::OpenRequest;
 use crate::ops::create::{self, CreateError};
 use crate::target::Target;
@@ -47,10 +49,16 @@ pub(super) fn to_image(plan: &Plan, image: &NewImage, source: &Source, job: Job<
 /// Fills a new image from all states of one.
 pub(super) fn with_snapshots(plan: &Plan, image: &NewImage, kept: &Kept, job: Job<'_>) -> Result<Summary> {
     let source = kept.first()?;
+    bitmaps::check(plan, kept.top()?, job)?;
     let (start, _) = Start::image(plan, image, source.size())?;
     job.observer.total(source.size().saturating_add(kept.rest()));
     let mut summary = fill_from(plan, start.builder, &source, job)?;
     kept.carry(plan, image, &start.target, job)?;
+    if plan.bitmaps {
+        let layer = start.target.reopen(&image.format)?;
+        bitmaps::copy(plan, kept.top()?, &*layer)?;
+        layer.flush()?;
+    }
     summary.virtual_size = kept.virtual_size();
     summary.in_place = start.target.in_place();
     start.target.commit(plan.durability)?;
@@ -191,7 +199,13 @@ impl Start {
         if !matches!(reading.feed, Feed::Stream(_)) {
             job.observer.total(reading.source.size());
         }
+        let source = reading.source;
         let mut summary = fill(plan, self.builder, reading, job)?;
+        if let (true, Output::New(image)) = (plan.bitmaps, &plan.output) {
+            let layer = self.target.reopen(&image.format)?;
+            bitmaps::copy(plan, &**source.layer(0, 0)?, &*layer)?;
+            layer.flush()?;
+        }
         summary.in_place = self.target.in_place();
         self.target.commit(plan.durability)?;
         Ok(summary)

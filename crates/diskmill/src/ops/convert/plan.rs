@@ -38,6 +38,8 @@ pub struct Plan {
     pub bitmaps: bool,
     /// Carry all internal snapshots of the source: it must be one image, and the target a new qcow2 image.
     pub keep_snapshots: bool,
+    /// Leave out, with a warning each, those that are inconsistent (`--skip-broken-bitmaps`).
+    pub skip_broken_bitmaps: bool,
 }
 
 impl Plan {
@@ -56,6 +58,7 @@ impl Plan {
             durability: Durability::Synced,
             bitmaps: false,
             keep_snapshots: false,
+            skip_broken_bitmaps: false,
         }
     }
 }
