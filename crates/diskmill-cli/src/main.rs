@@ -1,7 +1,7 @@
 //! The `diskmill` command, which is also `qemu-img` when it is called by that name.
 #![forbid(unsafe_code)]
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
 
@@ -100,10 +100,7 @@ fn drop_in(ui: &mut Ui, args: &[OsString]) -> Result<Exit, Failure> {
     };
     let text = name.to_string_lossy();
     let Some(spec) = commands::find(&text).filter(|spec| spec.shared) else {
-        return Err(match is_for_later(name) {
-            true => Failure::refused(format!("{text}: this command is not supported yet")),
-            false => Failure::usage_help(format!("Command not found: {text}")),
-        });
+        return Err(Failure::usage_help(format!("Command not found: {text}")));
     };
     ui.command = spec.name;
     let definition = spec.definition();
@@ -135,12 +132,6 @@ fn native(ui: &mut Ui, args: &[OsString]) -> Result<Exit, Failure> {
         _ => None,
     };
     let Some(spec) = spec else {
-        if let Some(name) = args.first().filter(|name| is_for_later(name)) {
-            let name = name.to_string_lossy();
-            return Err(Failure::refused(format!(
-                "the command '{name}' is not supported yet"
-            )));
-        }
         let program = commands::program();
         let words = std::iter::once(OsString::from("diskmill")).chain(args.iter().cloned());
         return match program.try_get_matches_from(words) {
@@ -167,10 +158,6 @@ fn native(ui: &mut Ui, args: &[OsString]) -> Result<Exit, Failure> {
         },
         Err(error) => clap_end(ui, &error, usage_exit),
     }
-}
-
-fn is_for_later(name: &OsStr) -> bool {
-    commands::LATER.iter().any(|(later, _)| name == *later)
 }
 
 fn print(ui: &Ui, text: &str) -> Result<Exit, Failure> {

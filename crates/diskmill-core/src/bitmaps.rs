@@ -22,6 +22,9 @@ pub enum BitmapError {
     /// The format keeps none.
     #[error("format '{0}' keeps no dirty bitmaps")]
     Unsupported(crate::Format),
+    /// This version of the format keeps none.
+    #[error("version 2 of the format keeps no dirty bitmaps")]
+    OldVersion,
     /// There is one of that name already.
     #[error("there is a dirty bitmap '{0}' already")]
     Exists(String),

@@ -127,7 +127,13 @@ pub fn all(files: &Files) -> Vec<Case> {
         ),
         inspect("map qcow2", 0.6, 5, "map --output=json -f qcow2", &[&files.qcow2]),
         inspect("check qcow2", 0.5, 5, "check -f qcow2", &[&files.qcow2]),
-        inspect("check 2 TiB of tables", 0.5, 1, "check -f qcow2", &[&files.tables]),
+        inspect(
+            "check 2 TiB of tables",
+            0.5,
+            1,
+            "check -f qcow2",
+            &[&files.tables],
+        ),
     ]
 }
 

@@ -19,6 +19,7 @@ use crate::ui::{Mode, Ui};
 
 mod amend;
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compact;
@@ -102,6 +103,7 @@ pub static COMMANDS: &[Spec] = &[
     Spec::of::<compare::CompareArgs>(true),
     Spec::of::<resize::ResizeArgs>(true),
     Spec::of::<snapshot::SnapshotArgs>(true),
+    Spec::of::<bitmap::BitmapArgs>(true),
     Spec::of::<amend::AmendArgs>(true),
     Spec::of::<compact::CompactArgs>(false),
     Spec::of::<ova::OvaArgs>(false),
@@ -113,9 +115,6 @@ pub static COMMANDS: &[Spec] = &[
     Spec::of::<completions::CompletionsArgs>(false),
     Spec::of::<man::ManArgs>(false),
 ];
-
-/// Commands of `qemu-img` that are known by name only.
-pub const LATER: &[(&str, &str)] = &[("bitmap", "Change dirty bitmaps of an image (not supported yet)")];
 
 /// The command called `name`.
 pub fn find(name: &str) -> Option<&'static Spec> {
@@ -131,7 +130,6 @@ pub fn qemu_img_commands() -> Vec<(&'static str, String)> {
             let about = spec.definition().get_about().map(ToString::to_string);
             (spec.name, about.unwrap_or_default())
         })
-        .chain(LATER.iter().map(|(name, about)| (*name, (*about).to_owned())))
         .collect();
     all.sort_unstable();
     all

@@ -1,6 +1,7 @@
 use std::ffi::{OsStr, OsString};
 
 use clap::Args;
+use diskmill::open::{self, OpenRequest};
 use diskmill::ops::snapshot::{Action, change, list};
 use diskmill_core::{Error, ErrorKind};
 
@@ -83,6 +84,7 @@ impl Run for SnapshotArgs {
                 }
             }
             Some(action) => {
+                refuse_with_bitmaps(ui, name, &request, &action)?;
                 let quiet = self.quiet;
                 change(&request, &action, &mut |warning| {
                     if !quiet || ui.drop_in() {
@@ -93,6 +95,27 @@ impl Run for SnapshotArgs {
             }
         }
         Ok(Exit::OK)
+    }
+}
+
+/// `qemu-img` applies no snapshot to an image with dirty bitmaps. We do, and mark all of the disk in those that are
+/// enabled, but not under its name.
+fn refuse_with_bitmaps(ui: &Ui, name: &OsStr, request: &OpenRequest, action: &Action) -> Result<(), Failure> {
+    let Action::Apply(which) = action else {
+        return Ok(());
+    };
+    if !ui.drop_in() {
+        return Ok(());
+    }
+    let mut request = request.clone();
+    request.backing = false;
+    let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
+    let bitmaps = image.nodes.first().and_then(|node| node.facts.bitmaps.as_ref());
+    match bitmaps {
+        Some(bitmaps) if !bitmaps.is_empty() => Err(Failure::refused(format!(
+            "Could not apply snapshot '{which}': Device has active dirty bitmaps"
+        ))),
+        _ => Ok(()),
     }
 }
 

@@ -1,10 +1,10 @@
 //! The words of `qemu-img` for what operations refuse: scripts look for some of them.
 
 use diskmill::ops::compare::CompareError;
-use diskmill::ops::convert::ConvertError;
+use diskmill::ops::convert::{BitmapNotCopied, ConvertError};
 use diskmill::ops::create::CreateError;
 use diskmill::ops::resize::{Preallocation, ResizeError};
-use diskmill_core::{Error, OptionError};
+use diskmill_core::{BitmapError, Error, OptionError};
 use diskmill_formats::qcow2;
 
 use super::reason::{capital, text};
@@ -25,8 +25,25 @@ pub fn of(error: &Error) -> Option<String> {
                     .to_owned()
             }
             ConvertError::TargetTooSmall { .. } => "output file is smaller than input file".to_owned(),
+            ConvertError::BitmapsOfSeveral => "Copying bitmaps only possible with single source".to_owned(),
+            ConvertError::NoBitmaps => "Source lacks bitmap support".to_owned(),
+            ConvertError::TargetKeepsNoBitmaps(format) => {
+                format!("Format driver '{format}' does not support bitmaps")
+            }
+            ConvertError::BrokenBitmap(name) => format!(
+                "Cannot copy inconsistent bitmap '{name}'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"
+            ),
             other => capital(&other.to_string()),
         });
+    }
+    if let Some(not_copied) = error.find::<BitmapNotCopied>() {
+        let BitmapNotCopied {
+            what, name, source, ..
+        } = not_copied;
+        return Some(format!("Failed to {what} bitmap {name}: {}", text(source, None)));
+    }
+    if let Some(bitmap) = error.find::<BitmapError>() {
+        return Some(bitmap_text(bitmap));
     }
     if let Some(qcow2) = error.find::<qcow2::options::CreateError>() {
         return Some(qcow2_text(qcow2));
@@ -143,6 +160,28 @@ fn amend_text(error: &qcow2::amend::AmendError) -> String {
         AmendError::OldZstd => {
             "Cannot downgrade an image with zstd compression type and existing compressed clusters".to_owned()
         }
+        other => capital(&other.to_string()),
+    }
+}
+
+fn bitmap_text(bitmap: &BitmapError) -> String {
+    match bitmap {
+        BitmapError::Exists(name) => format!("Bitmap already exists: {name}"),
+        BitmapError::NotFound(name) => format!("Dirty bitmap '{name}' not found"),
+        BitmapError::Inconsistent(name) => format!(
+            "Bitmap '{name}' is inconsistent and cannot be used\nTry block-dirty-bitmap-remove to delete this bitmap from disk"
+        ),
+        BitmapError::OldVersion => "Cannot store dirty bitmaps in qcow2 v2 files".to_owned(),
+        BitmapError::Name(0) => "Bitmap name cannot be empty".to_owned(),
+        BitmapError::Name(_) => "Name length exceeds maximum (1023 characters)".to_owned(),
+        BitmapError::Granularity(_) => "Granularity must be power of 2 and at least 512".to_owned(),
+        BitmapError::Size { .. } => {
+            "Too much space will be occupied by the bitmap. Use larger granularity".to_owned()
+        }
+        BitmapError::Sizes { to, from } => format!(
+            "Bitmaps are of different sizes (destination size is {to}, source size is {from}) and can't be merged"
+        ),
+        BitmapError::Unsupported(_) => "Operation not supported".to_owned(),
         other => capital(&other.to_string()),
     }
 }

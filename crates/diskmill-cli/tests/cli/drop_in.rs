@@ -296,19 +296,6 @@ fn convert_refuses_in_the_same_words() {
 }
 
 #[test]
-fn commands_that_come_later_are_refused_by_name() {
-    let scratch = Scratch::new();
-    for command in ["bitmap"] {
-        for run in [ours(scratch.path()), crate::diskmill(scratch.path())] {
-            let done = run.args([command, "x"]).finish().expect(1);
-            assert!(done.err().contains(command), "{done}");
-            assert!(done.err().contains("not supported yet"), "{done}");
-            assert_eq!(done.out(), "", "{done}");
-        }
-    }
-}
-
-#[test]
 fn documented_long_names_that_the_real_tool_forgot_are_understood() {
     let twins = Twins::new();
     let long = "convert --quiet --compress --source-format raw --target-format qcow2 \

@@ -20,6 +20,7 @@ const COMMANDS: &[&str] = &[
     "bench",
     "amend",
     "snapshot",
+    "bitmap",
     "compact",
     "ova",
     "demo",

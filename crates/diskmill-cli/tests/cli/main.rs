@@ -4,6 +4,7 @@ use std::path::Path;
 
 use diskmill_testkit::{Finished, Run, Scratch, oracle};
 
+mod bitmap;
 mod commands;
 mod drop_in;
 mod help;

@@ -133,10 +133,12 @@ pub fn change(request: &BitmapRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Re
 
 fn act(image: &ImageMut, source: Option<&Image>, request: &BitmapRequest, action: &Action) -> Result<()> {
     let name = &request.name;
-    let bitmaps = image
-        .top
-        .bitmaps()
-        .ok_or_else(|| unsupported(image.top.facts().format))?;
+    let Some(bitmaps) = image.top.bitmaps() else {
+        return Err(match action {
+            Action::Add => unsupported(image.top.facts().format),
+            _ => not_found(name),
+        });
+    };
     match action {
         Action::Add => {
             let new = NewBitmap {
@@ -151,13 +153,30 @@ fn act(image: &ImageMut, source: Option<&Image>, request: &BitmapRequest, action
         Action::Enable => bitmaps.enable(name),
         Action::Disable => bitmaps.disable(name),
         Action::Merge(from) => {
-            let mut runs = match source.map(top) {
-                Some(layer) => layer?.dirty(from)?,
-                None => image.top.dirty(from)?,
+            // What is wrong with the one to change is told first.
+            match bitmaps.list().iter().find(|facts| facts.name == *name) {
+                None => return Err(not_found(name)),
+                Some(facts) if facts.inconsistent => {
+                    let error = BitmapError::Inconsistent(name.clone());
+                    return Err(Error::new(ErrorKind::Unsupported, error));
+                }
+                Some(_) => {}
+            }
+            let runs = match source.map(top) {
+                Some(layer) => layer?.dirty(from),
+                None => image.top.dirty(from),
             };
+            let mut runs = runs.map_err(|error| match error.find() {
+                Some(BitmapError::Unsupported(_)) => not_found(from),
+                _ => error,
+            })?;
             bitmaps.merge(name, &mut *runs)
         }
     }
+}
+
+fn not_found(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, BitmapError::NotFound(name.to_owned()))
 }
 
 fn unsupported(format: Format) -> Error {
@@ -260,7 +279,7 @@ impl Export {
         let target = Target::create(path, &outputs, CacheMode::Writeback, &policy)?;
         let mut builder = driver.build(&spec, target.files())?;
         job.observer.total(self.disk_size());
-        let dirty = self.fill(&mut *builder, job)?;
+        let dirty = self.fill(&mut *builder, overlay, job)?;
         builder.finish(Finish::new(Durability::None))?;
         if overlay {
             let layer = target.reopen(format)?;
@@ -271,58 +290,85 @@ impl Export {
         Ok(dirty)
     }
 
-    /// Places the whole disk: what is dirty as it reads, in whole units, the rest as absent.
-    fn fill(&self, builder: &mut dyn Builder, job: Job<'_>) -> Result<u64> {
-        let (unit, size) = (builder.unit(), self.disk_size());
-        let end = create::whole_sectors(size)?;
+    /// Places the whole disk: what is dirty as it reads, the rest as absent. With `whole`, all of a unit is stored in
+    /// which something is dirty.
+    fn fill(&self, builder: &mut dyn Builder, whole: bool, job: Job<'_>) -> Result<u64> {
+        let unit = builder.unit();
+        let end = create::whole_sectors(self.disk_size())?;
         let mut runs = self.runs()?;
+        let mut current = bytes(runs.next_run()?);
         let (mut placed, mut dirty) = (0, 0);
-        while let Some(run) = runs.next_run()? {
-            dirty += run.end.since(run.start);
-            let start = (run.start.get() - run.start.get() % unit).max(placed);
-            let stop = run.end.get().next_multiple_of(unit).min(end);
-            if start >= stop {
-                continue;
-            }
+        while let Some(run) = current.clone() {
+            job.check()?;
+            let start = run.start - run.start % unit;
             absent(builder, placed..start)?;
-            job.observer.advance(start - placed);
-            self.place(builder, start..stop, job)?;
+            // As many runs as touch a piece that fits in memory.
+            let limit = start.saturating_add(PIECE.max(unit)).min(end);
+            let mut parts = Vec::new();
+            let mut last = start;
+            while let Some(run) = current.clone().filter(|run| run.start < limit) {
+                last = run.end.min(limit);
+                parts.push(run.start..last);
+                dirty += last - run.start;
+                current = match run.end > limit {
+                    true => Some(limit..run.end),
+                    false => bytes(runs.next_run()?),
+                };
+            }
+            let stop = last.next_multiple_of(unit).min(end);
+            if whole {
+                parts = std::iter::once(start..stop).collect();
+            }
+            self.place(builder, start..stop, &parts)?;
+            job.observer.advance(stop - placed);
             placed = stop;
         }
         absent(builder, placed..end)?;
-        job.observer.advance(size.saturating_sub(placed));
+        job.observer.advance(self.disk_size().saturating_sub(placed));
         Ok(dirty)
     }
 
-    fn place(&self, builder: &mut dyn Builder, range: Range<u64>, job: Job<'_>) -> Result<()> {
-        const PIECE: u64 = 1 << 20;
+    /// Places `range`, whole units: `parts` of it as they read, and zeros around them.
+    fn place(&self, builder: &mut dyn Builder, range: Range<u64>, parts: &[Range<u64>]) -> Result<()> {
         let (unit, chain) = (builder.unit(), &self.image.chain);
-        let files = builder.files().to_vec();
-        let mut buf = Vec::new();
         let mut at = range.start;
         while at < range.end {
-            job.check()?;
             let start = GuestOffset::new(at);
+            let len = zeros(chain, at, range.end, unit)?;
+            if len > 0 {
+                builder.fill(start..start.plus(len)?, Run::Zero)?;
+                at += len;
+                continue;
+            }
+            // Up to where units of zeros begin again.
+            let mut stop = at;
+            while stop < range.end && zeros(chain, stop, range.end, unit)? == 0 {
+                stop = stop.saturating_add(unit).min(range.end);
+            }
+            let mut buf = vec![0; usize::try_from(stop - at).unwrap_or(0)];
+            for part in parts {
+                let (first, last) = (part.start.max(at), part.end.min(stop).min(chain.virtual_size()));
+                if first < last {
+                    let within = |place: u64| usize::try_from(place - at).unwrap_or(usize::MAX);
+                    if let Some(piece) = buf.get_mut(within(first)..within(last)) {
+                        chain.read_at(GuestOffset::new(first), piece)?;
+                    }
+                }
+            }
             let mut writes = Writes::new();
-            let next = match zeros(chain, at, range.end, unit)? {
-                0 => {
-                    let stop = at.saturating_add(PIECE.max(unit)).min(range.end);
-                    buf.resize(usize::try_from(stop - at).unwrap_or(0), 0);
-                    chain.read_at(start, &mut buf)?;
-                    builder.place(start, Stored::Plain(&buf), &mut writes)?;
-                    writes.perform(&files)?;
-                    stop
-                }
-                len => {
-                    builder.fill(start..start.plus(len)?, Run::Zero)?;
-                    at + len
-                }
-            };
-            job.observer.advance(next - at);
-            at = next;
+            builder.place(start, Stored::Plain(&buf), &mut writes)?;
+            writes.perform(builder.files())?;
+            at = stop;
         }
         Ok(())
     }
+}
+
+/// Bytes that are copied at once: a multiple of every unit.
+const PIECE: u64 = 2 << 20;
+
+fn bytes(run: Option<Range<GuestOffset>>) -> Option<Range<u64>> {
+    run.map(|run| run.start.get()..run.end.get())
 }
 
 /// How many bytes from `at` to `end` are zeros by word of the image: whole units, or all there are.

@@ -1,8 +1,6 @@
 //! What can be done with bitmaps.
 
-use diskmill_core::{
-    BitmapError, BitmapFacts, Bitmaps, DirtyRuns, Error, ErrorKind, Format, HostOffset, NewBitmap, Result,
-};
+use diskmill_core::{BitmapError, BitmapFacts, Bitmaps, DirtyRuns, HostOffset, NewBitmap, Result};
 
 use super::resize::Prepared;
 use super::store::{Store, set_bits};
@@ -196,8 +194,7 @@ impl Store {
             return Err(refuse(BitmapError::Exists(new.name.clone())));
         }
         if tables.geometry.version() == Version::V2 {
-            let text = "version 2 of the format keeps no dirty bitmaps";
-            return Err(Error::new(ErrorKind::Unsupported, text).format(Format::Qcow2));
+            return Err(refuse(BitmapError::OldVersion));
         }
         let mut bitmap = Bitmap {
             table_offset: HostOffset::ZERO,

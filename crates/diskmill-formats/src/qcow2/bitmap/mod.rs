@@ -175,7 +175,7 @@ impl Shape {
 fn refuse(error: BitmapError) -> Error {
     let kind = match error {
         BitmapError::NotFound(_) => ErrorKind::NotFound,
-        BitmapError::Inconsistent(_) => ErrorKind::Unsupported,
+        BitmapError::Inconsistent(_) | BitmapError::OldVersion => ErrorKind::Unsupported,
         _ => ErrorKind::Usage,
     };
     Error::new(kind, error).format(Format::Qcow2)
