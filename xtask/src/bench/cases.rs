@@ -109,6 +109,7 @@ pub fn all(files: &Files) -> Vec<Case> {
             output,
             "qcow2",
         ),
+        convert("raw -> vdi", 0.8, &[], &files.source, "raw", output, "vdi"),
         convert("zlib qcow2 -> raw", 0.6, &[], &files.zlib, "qcow2", output, "raw"),
         convert("zstd qcow2 -> raw", 0.6, &[], &files.zstd, "qcow2", output, "raw"),
         inspect(

@@ -39,7 +39,7 @@ struct Step {
     compress: bool,
 }
 
-const STEPS: [Step; 3] = [
+const STEPS: [Step; 4] = [
     Step {
         what: "raw -> qcow2",
         file: "disk.qcow2",
@@ -53,7 +53,13 @@ const STEPS: [Step; 3] = [
         compress: true,
     },
     Step {
-        what: "compressed qcow2 -> raw",
+        what: "compressed qcow2 -> vdi",
+        file: "disk.vdi",
+        format: "vdi",
+        compress: false,
+    },
+    Step {
+        what: "vdi -> raw",
         file: "back.raw",
         format: "raw",
         compress: false,

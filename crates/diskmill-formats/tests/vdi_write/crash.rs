@@ -265,8 +265,10 @@ fn a_call_that_fails_corrupts_nothing() {
                             break;
                         }
                     }
-                    let _ = layer.write_at(GuestOffset::ZERO, &[1; 512], &image.below);
-                    let _ = layer.flush();
+                    // Whoever does not give up at once must do no harm either, and learns it again.
+                    let more = layer.write_at(GuestOffset::ZERO, &[1; 512], &image.below);
+                    failed = failed.or(more.err());
+                    failed = failed.or(layer.flush().err());
                 }
             }
             (images::bytes(&inner), failed)
