@@ -41,18 +41,24 @@ impl Disk {
     }
 
     fn assert_qcow2(&self, name: &str) {
-        oracle::assert_clean(self.scratch.join(name), "qcow2");
+        self.assert_good(name, "qcow2");
+    }
+
+    fn assert_good(&self, name: &str, format: &str) {
+        oracle::assert_clean(self.scratch.join(name), format);
         oracle::assert_identical(
             self.scratch.join("disk.raw"),
             "raw",
             self.scratch.join(name),
-            "qcow2",
+            format,
         );
-        ours(&self.scratch).words(&format!("check -f qcow2 {name}")).ok();
         ours(&self.scratch)
-            .words(&format!("compare -f raw -F qcow2 disk.raw {name}"))
+            .words(&format!("check -f {format} {name}"))
             .ok();
-        self.assert_back(name, "qcow2");
+        ours(&self.scratch)
+            .words(&format!("compare -f raw -F {format} disk.raw {name}"))
+            .ok();
+        self.assert_back(name, format);
     }
 }
 
@@ -69,6 +75,8 @@ fn disk__through_every_path_and_back() {
         "-O qcow2 -o compat=0.10",
         "-c -O qcow2",
         "-c -O qcow2 -o compression_type=zstd",
+        "-O vdi",
+        "-O vdi -o static=on",
         "-O qcow2 -o extended_l2=on,cluster_size=128k",
         "-O qcow2 -o cluster_size=4k,refcount_bits=1",
         "-O qcow2 -o data_file=disk.data,data_file_raw=on",
@@ -80,13 +88,14 @@ fn disk__through_every_path_and_back() {
     .enumerate()
     {
         // Each step starts from what the last one made.
-        let format = if flags.ends_with("raw") { "raw" } else { "qcow2" };
+        let mut words = flags.split(' ').skip_while(|word| *word != "-O");
+        let format = words.nth(1).expect("a format");
         let name = format!("{number}.{format}");
         ours(scratch)
             .words(&format!("convert -f {} {flags} {} {name}", last.1, last.0))
             .ok();
-        if format == "qcow2" {
-            disk.assert_qcow2(&name);
+        if format != "raw" {
+            disk.assert_good(&name, format);
         } else {
             assert_eq!(disk.digest, hash::sha256_file(scratch.join(&name)), "{flags}");
         }

@@ -111,6 +111,7 @@ fn below(files: &BTreeMap<String, String>, dir: &str) -> BTreeMap<String, String
 }
 
 fn guest(convert: &[&str], image: &str) {
+    let (_, format) = image.rsplit_once('.').expect("a format");
     let scratch = Scratch::new();
     make_disk(&scratch);
     let before = ext4::hashes(scratch.join("disk.raw"));
@@ -120,21 +121,21 @@ fn guest(convert: &[&str], image: &str) {
             None => ours(&scratch).words(words).ok(),
         };
     }
-    let serial = boot(&scratch, image, "qcow2");
+    let serial = boot(&scratch, image, format);
     assert_eq!(
         digests(&serial, "HASHES"),
         below(&before, "data/"),
         "the guest sees other files"
     );
 
-    oracle::assert_clean(scratch.join(image), "qcow2");
-    ours(&scratch).words(&format!("check -f qcow2 {image}")).ok();
+    oracle::assert_clean(scratch.join(image), format);
+    ours(&scratch).words(&format!("check -f {format} {image}")).ok();
     ours(&scratch)
-        .words(&format!("convert -f qcow2 -O raw {image} after.raw"))
+        .words(&format!("convert -f {format} -O raw {image} after.raw"))
         .ok();
     assert_eq!(
         hash::sha256_file(scratch.join("after.raw")),
-        oracle::guest_sha256(scratch.join(image), "qcow2")
+        oracle::guest_sha256(scratch.join(image), format)
     );
     ext4::assert_clean(scratch.join("after.raw"));
 
@@ -158,6 +159,22 @@ fn guest(convert: &[&str], image: &str) {
 #[test]
 fn guest__boots_from_qcow2() {
     guest(&["convert -f raw -O qcow2 disk.raw disk.qcow2"], "disk.qcow2");
+}
+
+#[test]
+fn guest__boots_from_vdi() {
+    guest(&["convert -f raw -O vdi disk.raw disk.vdi"], "disk.vdi");
+}
+
+#[test]
+fn guest__boots_from_fixed_vdi_that_was_compressed_qcow2() {
+    guest(
+        &[
+            "convert -c -f raw -O qcow2 disk.raw disk.qcow2",
+            "convert -f qcow2 -O vdi -o static=on disk.qcow2 disk.vdi",
+        ],
+        "disk.vdi",
+    );
 }
 
 #[test]
