@@ -7,6 +7,7 @@
 mod agree;
 mod amend;
 mod chains;
+mod compact;
 mod devices;
 mod disk;
 mod golden;

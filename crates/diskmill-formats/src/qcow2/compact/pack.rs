@@ -66,6 +66,16 @@ impl Packer {
     }
 }
 
+/// A compressed cluster in the file.
+#[derive(Clone, Copy, Debug)]
+struct Stream {
+    start: u64,
+    /// Where it ends at the latest.
+    end: u64,
+    /// How many references there are to it.
+    weight: u64,
+}
+
 /// A cluster that is stored plain and might be compressed.
 struct Plain {
     entry: Entry,
@@ -153,11 +163,18 @@ impl Work<'_> {
             let key = (plain.host.get(), plain.entry.subclusters.0);
             let entry = match shared.get(&key).copied() {
                 Some(None) => None,
+                // All references were counted when the first was met.
+                Some(Some(entry)) if !self.geometry.extended_l2() => Some(entry),
                 Some(Some(entry)) => self.refer_again(entry, plain.weight)?.then_some(entry),
                 None => {
+                    let count = match self.geometry.extended_l2() {
+                        // Others may see other subclusters of it.
+                        true => plain.weight,
+                        false => self.count(plain.host.get() >> self.bits())?,
+                    };
                     let entry = match packed {
                         None => None,
-                        Some(bytes) => self.store(packer, &bytes, plain.weight, u64::MAX)?,
+                        Some(bytes) => self.store(packer, &bytes, count, u64::MAX)?,
                     };
                     if plain.shared {
                         shared.insert(key, entry);
@@ -265,22 +282,33 @@ impl Work<'_> {
         Ok(true)
     }
 
-    /// All streams whose first and last cluster are `wanted`: where each begins, and ends at the latest. In order.
-    fn streams(&mut self, wanted: impl Fn(u64, u64) -> bool) -> Result<Vec<(u64, u64)>> {
+    /// All streams whose first and last cluster are `wanted`, in order.
+    fn streams(&mut self, wanted: impl Fn(u64, u64) -> bool) -> Result<Vec<Stream>> {
         let mut entries = Vec::new();
         let mut streams = Vec::new();
         for (_, table) in self.l2_tables()? {
+            let weight = self.count(table >> self.bits())?;
             self.read_l2(table, &mut entries)?;
             for (_, entry) in entries.drain(..).filter(|(_, entry)| entry.word.is_compressed()) {
                 let (first, last) = self.touched(entry.word);
                 if wanted(first, last) {
                     let span = entry.word.span(self.geometry);
-                    streams.push((span.at.get(), span.end().get()));
+                    streams.push(Stream {
+                        start: span.at.get(),
+                        end: span.end().get(),
+                        weight,
+                    });
                 }
             }
         }
-        streams.sort_unstable();
-        streams.dedup();
+        streams.sort_unstable_by_key(|stream| (stream.start, stream.end));
+        streams.dedup_by(|next, stream| {
+            let same = (next.start, next.end) == (stream.start, stream.end);
+            if same {
+                stream.weight = stream.weight.saturating_add(next.weight);
+            }
+            same
+        });
         Ok(streams)
     }
 
@@ -288,8 +316,8 @@ impl Work<'_> {
     pub(super) fn packed_clusters(&mut self, limit: u64) -> Result<Vec<u64>> {
         let bits = self.bits();
         let mut clusters = Vec::new();
-        for (start, end) in self.streams(|first, _| first < limit)? {
-            clusters.extend(start >> bits..=end.saturating_sub(1) >> bits);
+        for stream in self.streams(|first, _| first < limit)? {
+            clusters.extend(stream.start >> bits..=stream.end.saturating_sub(1) >> bits);
         }
         clusters.sort_unstable();
         clusters.dedup();
@@ -303,10 +331,9 @@ impl Work<'_> {
         let streams = self.streams(|_, _| true)?;
         // Clusters, and the bytes of streams in each.
         let mut fills: Vec<(u64, u64)> = Vec::new();
-        for (index, (start, end)) in streams.iter().enumerate() {
-            let next = streams
-                .get(index.saturating_add(1))
-                .map_or(u64::MAX, |next| next.0);
+        for (index, Stream { start, end, .. }) in streams.iter().enumerate() {
+            let next = streams.get(index.saturating_add(1));
+            let next = next.map_or(u64::MAX, |next| next.start);
             let end = (*end).min(next.max(start.saturating_add(1)));
             for cluster in start >> bits..=end.saturating_sub(1) >> bits {
                 let from = (*start).max(cluster << bits);
@@ -346,19 +373,13 @@ impl Work<'_> {
     pub(super) fn move_streams(&mut self, limit: u64, wanted: impl Fn(u64, u64) -> bool) -> Result<()> {
         let tables = self.l2_tables()?;
         let mut entries = Vec::new();
-        let mut starts: Vec<u64> = self
-            .streams(&wanted)?
-            .into_iter()
-            .map(|(start, _)| start)
-            .collect();
-        if starts.is_empty() {
+        let streams = self.streams(&wanted)?;
+        if streams.is_empty() {
             return Ok(());
         }
-        starts.dedup();
         let decoders = Decoders::new(self.header.compression_type, self.geometry);
         let mut packer = Packer::default();
         let mut moved: HashMap<u64, Option<L2Entry>> = HashMap::new();
-        let may_share = self.header.nb_snapshots > 0;
         for (_, table) in tables {
             let weight = self.count(table >> self.bits())?;
             self.read_l2(table, &mut entries)?;
@@ -368,12 +389,11 @@ impl Work<'_> {
                     continue;
                 }
                 let new = match moved.get(&entry.word.0).copied() {
-                    Some(None) => None,
-                    Some(Some(new)) if self.refer_again(new, weight)? => Some(new),
-                    _ => {
-                        let new =
-                            self.move_stream(entry.word, &starts, &decoders, &mut packer, weight, limit)?;
-                        if may_share {
+                    Some(known) => known,
+                    None => {
+                        let (new, count) =
+                            self.move_stream(entry.word, &streams, &decoders, &mut packer, limit)?;
+                        if count != weight {
                             moved.insert(entry.word.0, new);
                         }
                         new
@@ -391,19 +411,28 @@ impl Work<'_> {
         self.settle()
     }
 
+    /// Moves a stream, with all the references there are to it: what it has become, if there was room, and how many
+    /// references that is.
     fn move_stream(
         &mut self,
         word: L2Entry,
-        starts: &[u64],
+        streams: &[Stream],
         decoders: &Decoders,
         packer: &mut Packer,
-        weight: u64,
         limit: u64,
-    ) -> Result<Option<L2Entry>> {
+    ) -> Result<(Option<L2Entry>, u64)> {
         let span = word.span(self.geometry);
         // An entry only says in which sector a stream ends; where the next one begins it is over.
-        let next = starts.partition_point(|start| *start <= span.at.get());
-        let next = starts.get(next).copied().unwrap_or(u64::MAX);
+        let next = streams.partition_point(|stream| stream.start <= span.at.get());
+        let weight = streams
+            .get(next.saturating_sub(1))
+            .filter(|stream| (stream.start, stream.end) == (span.at.get(), span.end().get()))
+            .map(|stream| stream.weight);
+        let Some(weight) = weight else {
+            // Two streams begin in one place, which no writer does.
+            return Ok((None, 0));
+        };
+        let next = streams.get(next).map_or(u64::MAX, |stream| stream.start);
         let end = span
             .end()
             .get()
@@ -422,17 +451,17 @@ impl Work<'_> {
                 .is_err()
             {
                 // It is damaged, or ends where none should. It stays.
-                return Ok(None);
+                return Ok((None, 0));
             }
         }
         let Some((at, entry)) = self.place_stream(packer, len, weight, limit)? else {
-            return Ok(None);
+            return Ok((None, 0));
         };
         if !self.dry {
             self.main.write_at(HostOffset::new(at), &bytes)?;
         }
         self.report.moved = self.report.moved.saturating_add(len);
-        Ok(Some(entry))
+        Ok((Some(entry), weight))
     }
 }
 
