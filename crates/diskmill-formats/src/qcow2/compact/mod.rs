@@ -157,7 +157,8 @@ fn sound(main: &Arc<dyn StorageMut>, files: &FilesMut, how: &OpenSpec, job: Job<
 impl Work<'_> {
     fn all(&mut self, spec: &CompactSpec, leaked: bool) -> Result<()> {
         let held = self.refcounts.used(&mut self.fence)? << self.bits();
-        let passes = if spec.compress.is_some() { 2 } else { 1 };
+        // Looking for zeros, compressing, moving.
+        let passes = if spec.compress.is_some() { 3 } else { 2 };
         self.job.observer.total(held.saturating_mul(passes));
         self.claim()?;
         let end = self.report.len_before.div_ceil(self.cluster());

@@ -460,6 +460,7 @@ impl Work<'_> {
         if !self.dry {
             self.main.write_at(HostOffset::new(at), &bytes)?;
         }
+        self.job.observer.advance(len);
         self.report.moved = self.report.moved.saturating_add(len);
         Ok((Some(entry), weight))
     }

@@ -192,6 +192,7 @@ impl<'a> Work<'a> {
             self.buffer = buffer;
             done?;
         }
+        self.job.observer.advance(len << bits);
         self.report.moved = self.report.moved.saturating_add(len << bits);
         Ok(())
     }
