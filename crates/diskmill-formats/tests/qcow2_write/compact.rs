@@ -11,6 +11,7 @@ use diskmill_formats::registry;
 use diskmill_testkit::crash::{Effect, Effort, Picture, Tale, Tolerance};
 use diskmill_testkit::fault::{Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::pattern;
+use diskmill_testkit::oracle;
 use diskmill_testkit::sparse_random::mix;
 
 use super::images::{self, Disks, Image, KINDS, Kind, ROLES, how};
@@ -160,6 +161,91 @@ fn a_power_cut_at_any_moment_leaks_at_worst() {
         effort.bounds.prefixes = effort.bounds.prefixes.max(prefixes);
         tale.survive(&image, effort);
     }
+}
+
+/// An image with tables of several clusters between small holes, snapshots, bitmaps, and little that fits anywhere.
+fn crowded() -> Image {
+    let mut image = images::named("refcount table").make();
+    let path = image.dump(&image.files);
+    let snapshot = |what: &str, name: &str| {
+        oracle::qemu_img().args(["snapshot", what, name]).arg(&path).ok();
+    };
+    let io = |commands: Vec<String>| oracle::io(&path, "qcow2", commands);
+    io((0..60)
+        .map(|part| format!("write -P {} {} 512", part + 1, part * 4096))
+        .collect());
+    for (round, name) in (1_u64..).zip(["a", "b", "c"]) {
+        snapshot("-c", name);
+        let at = |part: u64| part * 4096 + round * 512;
+        io((0..60)
+            .map(|part| format!("write -P {} {} 512", round + part, at(part)))
+            .collect());
+    }
+    for name in ["x", "y"] {
+        oracle::qemu_img()
+            .args(["bitmap", "--add", "-g", "512"])
+            .arg(&path)
+            .arg(name)
+            .ok();
+        io(vec![
+            "write -P 7 1M 3k".to_owned(),
+            "write -P 8 100k 1k".to_owned(),
+        ]);
+    }
+    snapshot("-d", "a");
+    io((0..60)
+        .step_by(2)
+        .map(|part| format!("discard {} 512", part * 4096 + 1024))
+        .collect());
+    snapshot("-c", "d");
+    io((0..60)
+        .step_by(2)
+        .map(|part| format!("discard {} 512", part * 4096 + 512))
+        .collect());
+    image.files = vec![std::fs::read(&path).expect("read")];
+    image.start = look(&image, &image.files).disk;
+    image
+}
+
+#[test]
+fn tables_of_several_clusters_find_room() {
+    let image = crowded();
+    for compress in [false, true] {
+        thorough(&image, compress);
+        let disks = images::memory(&image.files);
+        compact(&disks, compress).expect("compact");
+        let files = images::bytes(&disks);
+        assert_eq!(free_clusters(&files[0]), 0, "compress {compress}");
+    }
+}
+
+/// Clusters of a file with 64-bit refcounts that have the count 0.
+fn free_clusters(file: &[u8]) -> usize {
+    let number = |at: usize| u64::from_be_bytes(file[at..at + 8].try_into().expect("8 bytes")) as usize;
+    let table = number(48);
+    let clusters = file.len().div_ceil(512);
+    (0..clusters)
+        .filter(|cluster| match number(table + cluster / 64 * 8) {
+            0 => true,
+            block => number(block + cluster % 64 * 8) == 0,
+        })
+        .count()
+}
+
+#[test]
+fn a_power_cut_while_room_is_made_leaks_at_worst() {
+    let image = crowded();
+    let journal = Journal::new();
+    let disks: Disks = images::memory(&image.files)
+        .into_iter()
+        .map(|disk| journal.record(disk))
+        .collect();
+    let start = look(&image, &image.files);
+    let mut tale = Tale::new("crowded", &journal, start.clone());
+    compact(&disks, false).expect("compact");
+    tale.note(0, "compact", Effect::Settles, start);
+    tale.flags_may_lag();
+    tale.survive(&image, Effort::usual(seed()).times(soak()));
 }
 
 #[test]
