@@ -259,7 +259,7 @@ fn compact__over_a_backing_image() {
         std::fs::rename(scratch.join("image.qcow2"), scratch.join("base.qcow2")).unwrap();
         let base = hash::sha256_file(scratch.join("base.qcow2"));
         let path = scratch.join("image.qcow2");
-        oracle::create_overlay(&path, options, &scratch.join("base.qcow2"), "qcow2", None);
+        oracle::create_overlay(&path, options, scratch.join("base.qcow2"), "qcow2", None);
         oracle::io(&path, "qcow2", wear(4096, SIZE, 5));
         for extra in ["", "-c"] {
             thorough(&scratch, extra);

@@ -244,7 +244,7 @@ fn a_power_cut_while_room_is_made_leaks_at_worst() {
     let mut tale = Tale::new("crowded", &journal, start.clone());
     compact(&disks, false).expect("compact");
     tale.note(0, "compact", Effect::Settles, start);
-    tale.flags_may_lag();
+    tale.tolerate(Tolerance::LaggingFlags);
     tale.survive(&image, Effort::usual(seed()).times(soak()));
 }
 
