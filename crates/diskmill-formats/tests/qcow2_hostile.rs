@@ -260,6 +260,16 @@ fn callers_can_allow_less() {
 }
 
 #[test]
+fn more_snapshots_than_there_can_be_are_refused() {
+    let victim = Victim::with_snapshot("");
+    for count in [65_537, u32::MAX] {
+        victim.set_u32(60, count);
+        victim.assert_trouble(&format!("nb_snapshots is {count}, must be 0 to 65536"));
+        assert!(check(&victim.path).unwrap().check_errors > 0);
+    }
+}
+
+#[test]
 fn bitmap_directories_are_checked() {
     for (at, change, expected) in [
         (

@@ -4,7 +4,10 @@ mod support;
 
 use std::sync::{Arc, LazyLock};
 
-use diskmill_core::{Driver, Files, GuestOffset, Job, OpenSpec, Role, State, Storage};
+use diskmill_core::{
+    CheckReport, Driver, Files, GuestOffset, HostOffset, Job, OpenSpec, Repair, Role, State, Storage,
+    StorageMut,
+};
 use diskmill_formats::qcow2;
 use diskmill_storage::Memory;
 use diskmill_testkit::{Scratch, oracle};
@@ -81,6 +84,32 @@ fn exercise(bytes: Vec<u8>) {
         let report = parsed.check(files(), &how, Job::silent()).unwrap();
         assert!(report.findings.len() <= diskmill_core::CheckReport::KEPT);
     }
+    repair(&main, &how);
+}
+
+/// Repairs a copy: what is wrong goes or is told, and a second repair has nothing to do.
+fn repair(main: &Arc<dyn Storage>, how: &OpenSpec) {
+    let mut bytes = vec![0; main.len().unwrap() as usize];
+    main.read_at(HostOffset::ZERO, &mut bytes).unwrap();
+    let copy = Arc::new(Memory::from(bytes));
+    let again = || {
+        let read: Arc<dyn Storage> = copy.clone();
+        let write: Arc<dyn StorageMut> = copy.clone();
+        let files = vec![(Role::Main, Arc::clone(&write)), (Role::Data, write)];
+        let parsed = qcow2::DRIVER.parse(read, how)?;
+        parsed.repair(files, how, Repair::All, Job::silent())
+    };
+    let Ok(first) = again() else {
+        return;
+    };
+    let second = again().unwrap();
+    let left = |report: &CheckReport| (report.corruptions, report.leaks, report.check_errors);
+    assert_eq!(left(&first), left(&second), "{first:#?}\n{second:#?}");
+    assert_eq!(
+        (second.corruptions_fixed, second.leaks_fixed),
+        (0, 0),
+        "{second:#?}"
+    );
 }
 
 /// Numbers that sit at the edges of what fields may be.

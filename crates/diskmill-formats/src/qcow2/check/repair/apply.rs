@@ -17,6 +17,9 @@ use super::view::View;
 /// Where the header keeps the refcount table's offset (8 bytes) and, behind it, its clusters (4 bytes).
 const HEADER_REFCOUNTS_AT: usize = 48;
 
+/// Counts that are looked at together: whole bytes, whatever their width.
+const GROUP: u64 = 64;
+
 /// Which way counts may go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
@@ -169,25 +172,36 @@ impl Steps<'_> {
             }
             let end = self.end().min(first.saturating_add(1 << bits));
             let len = bytes.len() as u64;
-            if way == Way::Down && self.ground.is_hole(*at, len) {
+            let idle = match way {
+                Way::Up => self.plan.target.used(first..end).next().is_none(),
+                Way::Down => self.ground.is_hole(*at, len),
+            };
+            if idle {
                 continue;
             }
             self.main.read_padded(*at, &mut bytes)?;
             let mut touched: Option<std::ops::Range<usize>> = None;
-            for cluster in first..end {
-                let within = cluster.saturating_sub(first);
-                let (now, wanted) = (get_count(&bytes, order, within), self.target(cluster));
-                let moves = match way {
-                    Way::Up => now < wanted,
-                    Way::Down => now > wanted,
-                };
-                if moves {
-                    let range = set_count(&mut bytes, order, within, wanted);
-                    touched = Some(match touched {
-                        None => range,
-                        Some(known) => known.start..range.end,
-                    });
+            let mut group = first;
+            while group < end {
+                let stop = end.min(group.saturating_add(GROUP));
+                if !self.is_settled(&bytes, group.saturating_sub(first), group, way) {
+                    for cluster in group..stop {
+                        let within = cluster.saturating_sub(first);
+                        let (now, wanted) = (get_count(&bytes, order, within), self.target(cluster));
+                        let moves = match way {
+                            Way::Up => now < wanted,
+                            Way::Down => now > wanted,
+                        };
+                        if moves {
+                            let range = set_count(&mut bytes, order, within, wanted);
+                            touched = Some(match touched {
+                                None => range,
+                                Some(known) => known.start..range.end,
+                            });
+                        }
+                    }
                 }
+                group = stop;
             }
             if let Some(range) = touched {
                 // Whole sectors, which the host does not tear.
@@ -200,6 +214,19 @@ impl Steps<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether none of the counts of the group of clusters from `cluster` on, which is count `within` of its block, has
+    /// to go that way: seen at a glance.
+    fn is_settled(&self, block: &[u8], within: u64, cluster: u64, way: Way) -> bool {
+        let order = self.ground.header.refcount_order.get();
+        let from = usize::try_from((within << order) / 8).unwrap_or(usize::MAX);
+        let len = usize::try_from((GROUP << order) / 8).unwrap_or(usize::MAX);
+        let group = block.get(from..).map(|rest| rest.get(..len).unwrap_or(rest));
+        match way {
+            Way::Up => self.plan.target.bits(cluster) == Some(0),
+            Way::Down => group.is_some_and(|group| group.iter().fold(0, |all, byte| all | byte) == 0),
+        }
     }
 
     /// Behind the last cluster there is, or will be.

@@ -1,6 +1,6 @@
 //! What a repair will write, and where.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use diskmill_core::{HostOffset, Result};
 
@@ -82,12 +82,14 @@ impl Wish {
                 .clusters_of(l1.at, bytes)
                 .any(|cluster| counts.get(cluster) > l1.weight)
         };
+        let places: HashMap<(HostOffset, u32), &L1Place> = found
+            .l1s
+            .iter()
+            .filter(|l1| !l1.active)
+            .map(|l1| ((l1.at, l1.entries), l1))
+            .collect();
         let lost = |snapshot: &Snapshot| {
-            let place = found
-                .l1s
-                .iter()
-                .find(|l1| !l1.active && l1.at == snapshot.l1_table_offset && l1.entries == snapshot.l1_size);
-            match place {
+            match places.get(&(snapshot.l1_table_offset, snapshot.l1_size)) {
                 // It is not in the file.
                 None => snapshot.l1_size > 0,
                 // What is wrong in it is somebody else's data.
