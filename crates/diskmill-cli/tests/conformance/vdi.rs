@@ -293,4 +293,17 @@ fn vdi__compact_and_repair() {
     assert_eq!(scratch::len(scratch.join("disk.vdi")), before - (2 << 20));
     oracle::assert_clean(scratch.join("disk.vdi"), "vdi");
     all_read(&scratch, "disk.vdi", &digest);
+
+    // A number of blocks that is too low, and two blocks in one slot.
+    let slot = scratch::peek(scratch.join("disk.vdi"), 512, 4);
+    scratch::patch(scratch.join("disk.vdi"), 388, &[0; 4]);
+    scratch::patch(scratch.join("disk.vdi"), 512 + 4 * 4, &slot);
+    for tool in [ours(&scratch), theirs(&scratch)] {
+        tool.words("check -f vdi disk.vdi").finish().expect(2);
+    }
+    let digest = oracle::guest_sha256(scratch.join("disk.vdi"), "vdi");
+    run("check -r leaks disk.vdi").finish().expect(2);
+    run("check -r all disk.vdi").finish().expect(0);
+    oracle::assert_clean(scratch.join("disk.vdi"), "vdi");
+    all_read(&scratch, "disk.vdi", &digest);
 }
