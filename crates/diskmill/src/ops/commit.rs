@@ -7,7 +7,7 @@
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 
-use diskmill_core::{Chain, Job, Layer, Result};
+use diskmill_core::{Chain, Error, ErrorKind, Job, Layer, Result};
 
 use super::convert::{Cut, Existing, Leave, Source, Transfer, workers};
 use crate::open::{self, Base, ChainMut, OpenRequest, OpenWarning};
@@ -88,6 +88,7 @@ pub fn run(request: &CommitRequest, warn: &mut dyn FnMut(&OpenWarning), job: Job
         _ => Ok(()),
     };
     adopt([0; 16])?;
+    renew(&chain, depth).map_err(|error| error.op("commit to").path(&*name))?;
     let summary = merge(request, &chain, from, job).map_err(|error| error.op("commit to").path(&*name))?;
     if let Some(identity) = chain.base.identity() {
         adopt(identity.state)?;
@@ -108,6 +109,23 @@ pub fn run(request: &CommitRequest, warn: &mut dyn FnMut(&OpenWarning), job: Job
         stored: summary.stored,
         emptied,
     })
+}
+
+/// Where the base keeps count of its content, overlays are to notice that it changes; this one goes along with it.
+///
+/// Killed between the two, the overlay opens again once it is told by a rebase without copying that it is the one.
+fn renew(chain: &ChainMut, depth: usize) -> Result<()> {
+    let overlay = chain.upper.layers().last();
+    if overlay.is_none_or(|overlay| overlay.facts().backing_content_id.is_none()) {
+        return Ok(());
+    }
+    if depth > 1 {
+        let text = "the image above the base knows what is in it and is only read: commit to the next image first";
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    chain.base.renew_content_id()?;
+    chain.top.expect_backing(chain.base.content_id());
+    chain.top.set_backing(chain.top.facts().backing.as_ref())
 }
 
 /// Makes the base, which has `end` bytes, read as the overlay does. When this returns that is durable.

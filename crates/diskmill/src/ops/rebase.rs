@@ -124,9 +124,13 @@ pub fn run(request: &RebaseRequest, warn: &mut dyn FnMut(&OpenWarning), job: Job
             Some(name) => open_new(request, name)?,
             None => Image::none(),
         };
+        image.top.expect_backing(content_id(&new));
         let summary = copy(request, &image, new, job).map_err(|error| error.op("rebase").path(path))?;
         rebased.read = summary.read;
         rebased.stored = summary.stored;
+    } else if let (Some(name), true) = (&name, image.top.facts().content_id.is_some()) {
+        // It names what is in the new backing image beside its name.
+        image.top.expect_backing(content_id(&open_new(request, name)?));
     }
     job.check()?;
     let backing = name.clone().map(|name| BackingName {
@@ -140,6 +144,10 @@ pub fn run(request: &RebaseRequest, warn: &mut dyn FnMut(&OpenWarning), job: Job
             .path(path)
     })?;
     Ok(rebased)
+}
+
+fn content_id(image: &Image) -> Option<u32> {
+    image.chain.layers().first().and_then(|layer| layer.content_id())
 }
 
 /// Opens the new backing image, whose name starts at the directory of the image.
