@@ -34,6 +34,7 @@ const NEEDS: &[Need] = &[
     need("sh", "dash"),
     need("7z", "7zip"),
     need("python3", "python3"),
+    need("vmdkinfo", "libvmdk-utils"),
     need("tar", "tar"),
     need("gzip", "gzip"),
     need("xmllint", "libxml2-utils"),

@@ -3,7 +3,7 @@ use std::fmt::Write as _;
 
 use clap::Args;
 use diskmill::ops::check::{CheckUnsupported, Checked, is_encrypted, repair, run};
-use diskmill_core::{CheckReport, Error, ErrorKind, FindingKind, Repair};
+use diskmill_core::{CheckReport, Error, ErrorKind, FindingKind, Format, Repair};
 
 use super::{LookArgs, Run, package};
 use crate::error::{Failure, Frame};
@@ -81,6 +81,10 @@ impl Run for CheckArgs {
                 return Err(Failure::library(error, Frame::Text("Check failed".to_owned())));
             }
             Err(error) => return Err(Failure::open(name, error)),
+        };
+        let checked = match ui.drop_in() {
+            true => as_theirs(checked),
+            false => checked,
         };
         ui.note(&findings(&checked.report, ui));
         if json {
@@ -183,6 +187,17 @@ fn to_text(report: &CheckReport) -> String {
         let _ = writeln!(out, "Image end offset: {end}");
     }
     out
+}
+
+/// Of vmdk images `qemu-img` counts nothing.
+fn as_theirs(mut checked: Checked) -> Checked {
+    if checked.format == Format::Vmdk {
+        let report = &mut checked.report;
+        report.image_end_offset = None;
+        (report.total_units, report.allocated_units) = (0, 0);
+        (report.fragmented_units, report.compressed_units) = (0, 0);
+    }
+    checked
 }
 
 fn percent(part: u64, whole: u64) -> f64 {

@@ -26,3 +26,4 @@ mod sizes;
 mod snapshots;
 mod tools;
 mod vdi;
+mod vmdk;

@@ -32,6 +32,30 @@ print(digest.hexdigest())
 
 /// The digest of the disk in the last of the images, each the parent of the next, as dissect.hypervisor reads it.
 pub fn dissect_vdi(scratch: &Scratch, names: &[&str]) -> String {
+    dissect(scratch, DISSECT_VDI, names)
+}
+
+const DISSECT_VMDK: &str = "
+import hashlib, sys
+from pathlib import Path
+from dissect.hypervisor.disk.vmdk import VMDK
+disk = VMDK(Path(sys.argv[1]))
+digest = hashlib.sha256()
+left = disk.size
+while left:
+    piece = disk.read(min(left, 1 << 20))
+    assert piece
+    digest.update(piece)
+    left -= len(piece)
+print(digest.hexdigest())
+";
+
+/// The digest of the disk in an image without a parent, as dissect.hypervisor reads it.
+pub fn dissect_vmdk(scratch: &Scratch, name: &str) -> String {
+    dissect(scratch, DISSECT_VMDK, &[name])
+}
+
+fn dissect(scratch: &Scratch, script: &str, names: &[&str]) -> String {
     let packages = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()
         .expect("the target folder")
@@ -44,7 +68,7 @@ pub fn dissect_vdi(scratch: &Scratch, names: &[&str]) -> String {
     Run::new("python3")
         .dir(scratch.path())
         .env("PYTHONPATH", packages)
-        .args(["-c", DISSECT_VDI])
+        .args(["-c", script])
         .args(names)
         .ok()
         .out()

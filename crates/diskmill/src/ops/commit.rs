@@ -120,7 +120,8 @@ fn renew(chain: &ChainMut, depth: usize) -> Result<()> {
         return Ok(());
     }
     if depth > 1 {
-        let text = "the image above the base knows what is in it and is only read: commit to the next image first";
+        let text =
+            "the image above the base knows what is in it and is only read: commit to the next image first";
         return Err(Error::new(ErrorKind::Unsupported, text));
     }
     chain.base.renew_content_id()?;
