@@ -253,8 +253,24 @@ fn shrink(part: &mut PartMut, len: u64) -> Result<()> {
         list.truncate(count);
     }
     tables.geometry.disk = len;
+    cut_tail(&mut tables)?;
     drop(tables);
     part.header = Some(header);
+    Ok(())
+}
+
+/// Cuts off what lies behind the last grain and the last table.
+fn cut_tail(tables: &mut Tables) -> Result<()> {
+    tables.forget();
+    tables.find_ranges();
+    let grain = (tables.geometry.grain / SECTOR).max(1);
+    tables.next = tables.tables_end().next_multiple_of(grain);
+    tables.demand_sound()?;
+    let end = tables.next.saturating_mul(SECTOR);
+    if !tables.storage.hints().fixed_len && tables.storage.len()? > end {
+        tables.storage.set_len(end)?;
+        tables.storage.sync()?;
+    }
     Ok(())
 }
 
