@@ -155,6 +155,49 @@ fn disk__overlays_and_pipes() {
     }
 }
 
+/// The disk in an overlay, merged down and moved to another base.
+#[test]
+fn disk__committed_and_rebased() {
+    let disk = Disk::make();
+    let scratch = &disk.scratch;
+    let files = ext4::hashes(scratch.join("disk.raw"));
+    std::fs::copy(scratch.join("disk.raw"), scratch.join("old.raw")).unwrap();
+    oracle::io(
+        scratch.join("old.raw"),
+        "raw",
+        ["write -P 1 0 1M", "write -P 2 100M 5M", "write -z 200M 3M"],
+    );
+    for (base, flags, overlay) in [
+        ("base.qcow2", "-c -O qcow2", ""),
+        ("base.raw", "-O raw", "-o extended_l2=on,cluster_size=128k"),
+    ] {
+        let format = if base.ends_with("raw") { "raw" } else { "qcow2" };
+        ours(scratch)
+            .words(&format!("convert {flags} -f raw old.raw {base}"))
+            .ok();
+        ours(scratch)
+            .words(&format!(
+                "convert -f raw -O qcow2 {overlay} -B {base} -F {format} disk.raw overlay.qcow2"
+            ))
+            .ok();
+        // Away from the base and back: the overlay holds all that differs, and then only that.
+        ours(scratch)
+            .words("rebase -f qcow2 -b old.raw -F raw overlay.qcow2")
+            .ok();
+        disk.assert_qcow2("overlay.qcow2");
+        ours(scratch)
+            .words(&format!("rebase -f qcow2 -b {base} -F {format} overlay.qcow2"))
+            .ok();
+        disk.assert_qcow2("overlay.qcow2");
+        ours(scratch).words("commit -q -f qcow2 overlay.qcow2").ok();
+        disk.assert_qcow2("overlay.qcow2");
+        oracle::assert_identical(scratch.join("disk.raw"), "raw", scratch.join(base), format);
+        disk.assert_back(base, format);
+        ext4::assert_clean(scratch.join("back.raw"));
+        assert_eq!(files, ext4::hashes(scratch.join("back.raw")));
+    }
+}
+
 /// A block device made of a loop device, in and out.
 #[test]
 fn disk__block_devices() {
@@ -197,10 +240,10 @@ fn disk__block_devices() {
 }
 
 /// A loop device that is let go when dropped.
-struct Loop(String);
+pub struct Loop(pub String);
 
 impl Loop {
-    fn attach(file: &std::path::Path) -> Self {
+    pub fn attach(file: &std::path::Path) -> Self {
         let done = Run::new("losetup").args(["--show", "-f"]).arg(file).ok();
         Self(done.out().trim().to_owned())
     }

@@ -204,3 +204,47 @@ pub fn through_package() {
         "disk.qcow2",
     );
 }
+
+/// A guest writes into an overlay, which is committed; another overlay is moved to the base as it was before. Both read
+/// as the guest left its disk, and a guest boots from them.
+#[test]
+fn guest__writes_are_committed_and_rebased() {
+    let scratch = Scratch::new();
+    make_disk(&scratch);
+    for words in [
+        "convert -f raw -O qcow2 disk.raw base.qcow2",
+        "convert -c -f raw -O qcow2 disk.raw old.qcow2",
+        "create -q -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
+    ] {
+        ours(&scratch).words(words).ok();
+    }
+    let serial = boot(&scratch, "overlay.qcow2", "qcow2");
+    let left = oracle::guest_sha256(scratch.join("overlay.qcow2"), "qcow2");
+    for words in [
+        "commit -q -f qcow2 overlay.qcow2",
+        "create -q -f qcow2 -b base.qcow2 -F qcow2 moved.qcow2",
+        "rebase -f qcow2 -b old.qcow2 -F qcow2 moved.qcow2",
+        "check -q -f qcow2 moved.qcow2",
+        "check -q -f qcow2 base.qcow2",
+        "convert -f qcow2 -O raw moved.qcow2 after.raw",
+    ] {
+        ours(&scratch).words(words).ok();
+    }
+    for image in ["base.qcow2", "overlay.qcow2", "moved.qcow2"] {
+        assert_eq!(
+            left,
+            oracle::guest_sha256(scratch.join(image), "qcow2"),
+            "{image}"
+        );
+        oracle::assert_clean(scratch.join(image), "qcow2");
+    }
+    ext4::assert_clean(scratch.join("after.raw"));
+    let files = ext4::hashes(scratch.join("after.raw"));
+    assert_eq!(digests(&serial, "WRITTEN"), below(&files, "written/"));
+    let again = boot(&scratch, "moved.qcow2", "qcow2");
+    assert_eq!(
+        digests(&again, "HASHES"),
+        below(&files, "data/"),
+        "the guest sees other files"
+    );
+}
