@@ -263,20 +263,19 @@ fn change(path: &Path, state: &mut u64) {
 fn commit__ends_as_the_real_one_does() {
     let ways = ["commit -f qcow2", "commit -f qcow2 -d", "commit -f qcow2 -t none"];
     for (index, (what, chain)) in CHAINS.iter().enumerate() {
-        for words in [ways[index % 3]] {
-            let twins = Twins::make(chain);
-            let top = twins.top();
-            let before = oracle::guest_sha256(twins.ours.join(&top), "qcow2");
-            let done = twins.both(&format!("{words} {top}"));
-            assert_eq!(done.out(), "Image committed.\n", "{done}");
-            twins.assert_alike(what, &[]);
-            assert_eq!(
-                before,
-                oracle::guest_sha256(twins.ours.join(&top), "qcow2"),
-                "{what}, {words}"
-            );
-            same_json(&twins.ours, &format!("map --output=json -f qcow2 {top}"));
-        }
+        let words = ways[index % 3];
+        let twins = Twins::make(chain);
+        let top = twins.top();
+        let before = oracle::guest_sha256(twins.ours.join(&top), "qcow2");
+        let done = twins.both(&format!("{words} {top}"));
+        assert_eq!(done.out(), "Image committed.\n", "{done}");
+        twins.assert_alike(what, &[]);
+        assert_eq!(
+            before,
+            oracle::guest_sha256(twins.ours.join(&top), "qcow2"),
+            "{what}, {words}"
+        );
+        same_json(&twins.ours, &format!("map --output=json -f qcow2 {top}"));
     }
 }
 
@@ -372,36 +371,35 @@ fn rebase__ends_as_the_real_one_does() {
         ("qcow2", "-o cluster_size=512", 5 << 20),
     ];
     for (index, (what, chain)) in CHAINS.iter().enumerate() {
-        for (format, flags, size) in [targets[index % 4]] {
-            let twins = Twins::make(chain);
-            let top = twins.top();
-            other(&twins, format, flags, size);
-            let before = oracle::guest_sha256(twins.ours.join(&top), "qcow2");
-            let what = format!("{what} to {format} {flags} of {size}");
-            twins.both(&format!("rebase -f qcow2 -b other.{format} -F {format} {top}"));
-            twins.assert_alike(&what, &[]);
-            assert_eq!(
-                before,
-                oracle::guest_sha256(twins.ours.join(&top), "qcow2"),
-                "{what}"
-            );
-            // And to nothing.
-            twins.both(&format!("rebase -f qcow2 -b  {top}").replace("-b  ", "--backing= "));
-            twins.assert_alike(&what, &[]);
-            assert_eq!(
-                before,
-                oracle::guest_sha256(twins.ours.join(&top), "qcow2"),
-                "{what}, to nothing"
-            );
-            // From nothing, zeros must hide what the new image has.
-            twins.both(&format!("rebase -f qcow2 -b other.{format} -F {format} {top}"));
-            twins.assert_alike(&what, &[]);
-            assert_eq!(
-                before,
-                oracle::guest_sha256(twins.ours.join(&top), "qcow2"),
-                "{what}, from nothing"
-            );
-        }
+        let (format, flags, size) = targets[index % 4];
+        let twins = Twins::make(chain);
+        let top = twins.top();
+        other(&twins, format, flags, size);
+        let before = oracle::guest_sha256(twins.ours.join(&top), "qcow2");
+        let what = format!("{what} to {format} {flags} of {size}");
+        twins.both(&format!("rebase -f qcow2 -b other.{format} -F {format} {top}"));
+        twins.assert_alike(&what, &[]);
+        assert_eq!(
+            before,
+            oracle::guest_sha256(twins.ours.join(&top), "qcow2"),
+            "{what}"
+        );
+        // And to nothing.
+        twins.both(&format!("rebase -f qcow2 -b  {top}").replace("-b  ", "--backing= "));
+        twins.assert_alike(&what, &[]);
+        assert_eq!(
+            before,
+            oracle::guest_sha256(twins.ours.join(&top), "qcow2"),
+            "{what}, to nothing"
+        );
+        // From nothing, zeros must hide what the new image has.
+        twins.both(&format!("rebase -f qcow2 -b other.{format} -F {format} {top}"));
+        twins.assert_alike(&what, &[]);
+        assert_eq!(
+            before,
+            oracle::guest_sha256(twins.ours.join(&top), "qcow2"),
+            "{what}, from nothing"
+        );
     }
 }
 
