@@ -222,7 +222,7 @@ fn in_reach(victim: &Victim) -> bool {
 }
 
 #[test]
-fn pairs_of_damages_end_sound() {
+fn random_pairs_of_damages_end_sound() {
     let mut dice = Dice::new(1);
     for (image, name, options) in [
         (Victim::with_two_runs as fn(&str) -> Victim, "with_two_runs", ""),
