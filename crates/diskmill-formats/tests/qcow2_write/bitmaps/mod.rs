@@ -2,6 +2,7 @@
 #![allow(clippy::single_range_in_vec_init, reason = "one run is a list of one range")]
 
 mod crash;
+mod hostile;
 mod steps;
 
 use std::collections::BTreeMap;
