@@ -67,7 +67,12 @@ pub enum Effect {
     Settles,
     /// At once, and durable when the step returns.
     Switches,
+    /// As [`Settles`](Self::Settles), while every bitmap that is on is marked as one that may lack changes.
+    Records,
 }
+
+/// What a bitmap that may lack changes says, in [`Picture::traits`]. What those that are on say begins with `on`.
+pub const INCONSISTENT: &str = "inconsistent";
 
 /// What may be seen from some point of a journal on.
 #[derive(Clone, Debug)]
@@ -247,7 +252,7 @@ impl Tale {
                 versions.dedup();
                 versions
             }
-            Effect::Settles | Effect::Switches => vec![after],
+            Effect::Settles | Effect::Switches | Effect::Records => vec![after],
         };
         self.moments.push(Moment {
             from: self.journal.len(),
@@ -408,11 +413,22 @@ pub fn explains(
 fn mixes(before: &[Picture], effect: Effect, through: Vec<Picture>, after: &Picture) -> Vec<Vec<Picture>> {
     let mut mix = before.to_vec();
     mix.extend(through);
-    if effect == Effect::Switches {
-        vec![mix, vec![after.clone()]]
-    } else {
-        mix.push(after.clone());
-        vec![mix]
+    let after = after.clone();
+    match effect {
+        Effect::Switches => vec![mix, vec![after]],
+        Effect::Flows | Effect::Settles => {
+            mix.push(after);
+            vec![mix]
+        }
+        Effect::Records => {
+            let mut marked = mix.clone();
+            marked.push(after.clone());
+            let bitmaps = marked.iter_mut().flat_map(|picture| picture.traits.values_mut());
+            for bitmap in bitmaps.filter(|text| text.starts_with("on")) {
+                INCONSISTENT.clone_into(bitmap);
+            }
+            vec![mix, marked, vec![after]]
+        }
     }
 }
 

@@ -9,6 +9,9 @@ use diskmill_core::{
 };
 
 use crate::contract::layer::same;
+use bitmap::Bitmap;
+
+mod bitmap;
 
 /// Something done to a disk. Positions and lengths are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,6 +75,30 @@ pub enum Op {
         /// Which.
         number: u8,
     },
+    /// Do something to a dirty bitmap of this number. If that is not possible, nothing.
+    Bitmap {
+        /// Which.
+        number: u8,
+        /// What.
+        action: BitmapAction,
+    },
+}
+
+/// Something done to a dirty bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BitmapAction {
+    /// Make it, with this base-2 logarithm of the granularity.
+    Add(u8),
+    /// Give it up.
+    Remove,
+    /// Make nothing dirty.
+    Clear,
+    /// Record changes.
+    Enable,
+    /// Record none.
+    Disable,
+    /// Make dirty what is dirty in the one of this number.
+    Merge(u8),
 }
 
 /// Compresses a unit, or `None` if it does not get smaller.
@@ -82,6 +109,7 @@ pub type Pack<'a> = &'a dyn Fn(&[u8]) -> Option<Vec<u8>>;
 pub struct Model {
     bytes: Vec<u8>,
     snapshots: BTreeMap<String, Vec<u8>>,
+    bitmaps: BTreeMap<u8, Bitmap>,
 }
 
 /// The byte at `at` of what is made from `fill`: it tells where it belongs, compresses well and is never zero.
@@ -96,12 +124,17 @@ impl Model {
         Self {
             bytes,
             snapshots: BTreeMap::new(),
+            bitmaps: BTreeMap::new(),
         }
     }
 
     /// A disk that reads as `bytes`, with snapshots that read as `snapshots`, by name.
     pub fn with_snapshots(bytes: Vec<u8>, snapshots: BTreeMap<String, Vec<u8>>) -> Self {
-        Self { bytes, snapshots }
+        Self {
+            bytes,
+            snapshots,
+            bitmaps: BTreeMap::new(),
+        }
     }
 
     /// What the snapshots read as, by name.
@@ -152,9 +185,37 @@ impl Model {
             Op::Delete { number } => {
                 next.snapshots.remove(&name(number));
             }
+            Op::Bitmap { number, action } => {
+                bitmap::foresee(&mut next.bitmaps, number, action, self.bytes.len())
+            }
             Op::Discard { .. } | Op::Flush | Op::Reopen => {}
         }
+        next.record(self, op, unit);
         Ok(next)
+    }
+
+    /// Notes in bitmaps what `op` has changed since `before`.
+    fn record(&mut self, before: &Self, op: &Op, unit: u64) {
+        let span = match op {
+            Op::Write { .. } | Op::Packed { .. } | Op::Zero { .. } | Op::Discard { .. } => {
+                before.span(op, unit)
+            }
+            Op::Resize { .. } | Op::Apply { .. } | Op::Clear => 0..self.bytes.len(),
+            _ => return,
+        };
+        // Going back to a snapshot, or to what is below, is for whoever does it to reckon with.
+        let counts = !matches!(op, Op::Apply { .. } | Op::Clear | Op::Resize { .. });
+        for bitmap in self.bitmaps.values_mut() {
+            bitmap.record(&before.bytes, &self.bytes, span.clone(), unit, counts);
+        }
+    }
+
+    /// Panics unless the bitmaps of `layer` have all that was changed since they were made or cleared, and nothing else.
+    #[track_caller]
+    pub fn assert_bitmaps(&self, layer: &dyn Layer) {
+        for (number, bitmap) in &self.bitmaps {
+            bitmap.assert_is(*number, layer);
+        }
     }
 
     /// Does `op` to this disk and to `layer`, an overlay of `below` that allocates in steps of `unit`. What does not
@@ -196,6 +257,7 @@ impl Model {
                 let new = NewSnapshot::new(name(number), 1_700_000_000, 0);
                 snapshots(layer).create(&new).map(drop)
             }
+            Op::Bitmap { number, action } => bitmap::carry_out(&self.bitmaps, number, action, layer),
             Op::Apply { number } => self.demand(number, snapshots(layer).apply(&name(number))),
             Op::Delete { number } => self.demand(number, snapshots(layer).delete(&name(number))),
         };
@@ -230,6 +292,7 @@ impl Model {
         below: &Chain,
     ) -> Result<()> {
         let found = read(layer, below)?;
+        let before = self.clone();
         let mut pos = start;
         while pos < start + len {
             let end = (pos - pos % unit + unit).min(start + len);
@@ -242,6 +305,7 @@ impl Model {
             pos = end;
         }
         same(0, &self.bytes, &found);
+        self.record(&before, &Op::Discard { at: start, len }, unit);
         Ok(())
     }
 

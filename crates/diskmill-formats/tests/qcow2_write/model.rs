@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskmill_core::{Layer, ZeroHow};
-use diskmill_testkit::model::{Model, Op};
+use diskmill_testkit::model::{BitmapAction, Model, Op};
 use diskmill_testkit::sparse_random::mix;
 use diskmill_testkit::{contract, figures};
 use proptest::prelude::*;
@@ -34,6 +34,14 @@ pub fn ops(kind: Kind, unit: u64) -> impl Strategy<Value = Vec<Op>> {
         size: if fixed_size { size } else { sectors * 512 },
     });
     let number = 0..3_u8;
+    let action = prop_oneof![
+        5 => (9..17_u8).prop_map(BitmapAction::Add),
+        2 => (0..3_u8).prop_map(BitmapAction::Merge),
+        1 => Just(BitmapAction::Remove),
+        1 => Just(BitmapAction::Clear),
+        1 => Just(BitmapAction::Enable),
+        1 => Just(BitmapAction::Disable),
+    ];
     let op = prop_oneof![
         12 => (place.clone(), len.clone(), any::<u8>()).prop_map(|(at, len, fill)| Op::Write { at, len, fill }),
         4 => (place.clone(), any::<u8>()).prop_map(|(at, fill)| Op::Packed { at, fill }),
@@ -45,7 +53,8 @@ pub fn ops(kind: Kind, unit: u64) -> impl Strategy<Value = Vec<Op>> {
         1 => Just(Op::Clear),
         2 => number.clone().prop_map(|number| Op::Snapshot { number }),
         1 => number.clone().prop_map(|number| Op::Apply { number }),
-        1 => number.prop_map(|number| Op::Delete { number }),
+        1 => number.clone().prop_map(|number| Op::Delete { number }),
+        4 => (number, action).prop_map(|(number, action)| Op::Bitmap { number, action }),
     ];
     proptest::collection::vec(op, 4..40)
 }
@@ -75,6 +84,7 @@ fn follow(image: &Image, ops: &[Op]) {
             })
             .unwrap_or_else(|error| panic!("step {step}, {op:?}: {error:?}"));
         model.assert_reads(&layer, &image.below);
+        model.assert_bitmaps(layer.as_ref());
     }
     contract::layer::all(
         &(Arc::clone(&layer) as Arc<dyn Layer>),
@@ -86,6 +96,7 @@ fn follow(image: &Image, ops: &[Op]) {
     let files = images::bytes(&disks);
     let seen = subject::picture(&files, &image.below).expect("look");
     assert!(seen.snapshots == *model.snapshots(), "the snapshots");
+    model.assert_bitmaps(subject::attach(&files, None).expect("open").as_ref());
     image.assert_good(&files, model.bytes());
 }
 

@@ -21,7 +21,8 @@ pub fn picture(files: &[Vec<u8>], below: &Chain) -> Result<Picture> {
     Ok(picture)
 }
 
-fn attach(files: &[Vec<u8>], snapshot: Option<&str>) -> Result<Arc<dyn Layer>> {
+/// The image alone, or one of its snapshots.
+pub fn attach(files: &[Vec<u8>], snapshot: Option<&str>) -> Result<Arc<dyn Layer>> {
     let disks: Vec<Arc<dyn Storage>> = files
         .iter()
         .map(|bytes| Arc::new(Memory::from(bytes.as_slice())) as Arc<dyn Storage>)

@@ -1,15 +1,19 @@
 //! The operations that are put to the test.
 
-use diskmill::open::OpenRequest;
+use diskmill::open::{self, Base, OpenRequest};
 use diskmill::ops::amend::{self, AmendRequest};
 use diskmill::ops::check;
+use diskmill::ops::commit::{self, CommitRequest};
 use diskmill::ops::compact;
 use diskmill::ops::convert::{self, ExistingImage, Input, NewImage, Output, Plan};
 use diskmill::ops::create::{self, CreateRequest};
+use diskmill::ops::rebase::{self, RebaseRequest};
 use diskmill::ops::resize::{self, NewSize, Preallocation, ResizeRequest};
 use diskmill::ops::snapshot::{self, Action};
 use diskmill::spec::ImageSpec;
-use diskmill_core::{CompactSpec, Compression, Job, Options, Repair, Result};
+use diskmill_core::{
+    Bitmaps, CompactSpec, Compression, GuestOffset, Job, NewBitmap, Options, Repair, Result,
+};
 use diskmill_testkit::crash::Effect;
 use diskmill_testkit::scratch::{patch, peek};
 use diskmill_testkit::{Scratch, oracle};
@@ -98,6 +102,58 @@ fn change(world: &World, action: Action) -> Result<()> {
 fn amend(world: &World, options: &str) -> Result<()> {
     let request = AmendRequest::new(world.request("image"), Options::parse(options));
     amend::run(&request, &mut |_| {}, Job::silent())
+}
+
+/// `image`, with data, zeros and holes, over an image of this format with data.
+fn overlay(scratch: &Scratch, options: &str, format: &str) {
+    let base = if format == "raw" { "base.raw" } else { "base" };
+    let path = scratch.join(base);
+    oracle::create(&path, format, "", "300k");
+    oracle::io(&path, format, ["write -P 5 0 90k", "write -P 6 160k 100k"]);
+    let image = scratch.join("image");
+    oracle::create_overlay(&image, options, base, format, None);
+    let steps = [
+        "write -P 1 20k 60k",
+        "write -P 2 130k 512",
+        "write -z 150k 40k",
+        "write -z 4k 4k",
+    ];
+    oracle::io(&image, "qcow2", steps);
+}
+
+/// `image`, with a bitmap that is on and one that is off.
+fn marked(scratch: &Scratch) {
+    used(scratch, "cluster_size=4k");
+    let image = scratch.join("image");
+    for words in [&["--add", "-g", "4k"][..], &["--add", "--disable", "-g", "512"]] {
+        let name = if words.len() == 3 { "one" } else { "two" };
+        oracle::qemu_img()
+            .arg("bitmap")
+            .args(words)
+            .arg(&image)
+            .arg(name)
+            .ok();
+    }
+    oracle::io(&image, "qcow2", ["write -P 3 70k 40k"]);
+}
+
+fn bitmaps(world: &World, change: impl Fn(&dyn Bitmaps) -> Result<()>) -> Result<()> {
+    let path = world.scratch.join("image");
+    let image = open::image_mut(&world.request("image"))?;
+    change(image.top.bitmaps().expect("bitmaps")).map_err(|error| error.path(path))
+}
+
+fn commit(world: &World, base: Base) -> Result<()> {
+    let mut request = CommitRequest::new(world.request("image"));
+    request.base = base;
+    commit::run(&request, &mut |_| {}, Job::silent()).map(drop)
+}
+
+fn rebase(world: &World, backing: Option<&str>) -> Result<()> {
+    let mut request = RebaseRequest::new(world.request("image"));
+    request.backing = backing.map(str::to_owned);
+    request.format = backing.map(|_| "qcow2".to_owned());
+    rebase::run(&request, &mut |_| {}, Job::silent()).map(drop)
 }
 
 /// Changes the entry of 16 bits that counts each of these clusters in `image`, which has one refcount block.
@@ -347,5 +403,103 @@ pub const OPERATIONS: &[Operation] = &[
         },
         run: repair,
         outcome: Outcome::Repair,
+    },
+    Operation {
+        name: "commit",
+        make: |scratch| overlay(scratch, "cluster_size=4k", "qcow2"),
+        run: |world| commit(world, Base::Next),
+        outcome: SETTLES,
+    },
+    Operation {
+        name: "commit to a raw image that is shorter",
+        make: |scratch| {
+            overlay(scratch, "cluster_size=16k,extended_l2=on", "raw");
+            oracle::qemu_img()
+                .args(["resize", "-q", "-f", "qcow2"])
+                .arg(scratch.join("image"))
+                .arg("400k")
+                .ok();
+            oracle::io(scratch.join("image"), "qcow2", ["write -P 9 350k 30k"]);
+        },
+        run: |world| commit(world, Base::Next),
+        outcome: SETTLES,
+    },
+    Operation {
+        name: "commit over an image between",
+        make: |scratch| {
+            overlay(scratch, "cluster_size=4k", "qcow2");
+            std::fs::rename(scratch.join("image"), scratch.join("between")).expect("rename");
+            oracle::create_overlay(scratch.join("image"), "cluster_size=4k", "between", "qcow2", None);
+            oracle::io(
+                scratch.join("image"),
+                "qcow2",
+                ["write -P 9 150k 50k", "write -z 20k 10k"],
+            );
+        },
+        run: |world| commit(world, Base::Named("base".into())),
+        outcome: SETTLES,
+    },
+    Operation {
+        name: "rebase",
+        make: |scratch| {
+            overlay(scratch, "cluster_size=4k", "qcow2");
+            oracle::create(scratch.join("other"), "qcow2", "", "200k");
+            oracle::io(scratch.join("other"), "qcow2", ["write -P 77 30k 100k"]);
+        },
+        run: |world| rebase(world, Some("other")),
+        outcome: SETTLES,
+    },
+    Operation {
+        name: "rebase to nothing",
+        make: |scratch| overlay(scratch, "cluster_size=4k,lazy_refcounts=on", "raw"),
+        run: |world| rebase(world, None),
+        outcome: SETTLES,
+    },
+    Operation {
+        name: "add a bitmap",
+        make: |scratch| marked(scratch),
+        run: |world| {
+            bitmaps(world, |bitmaps| {
+                let new = NewBitmap {
+                    name: "three".to_owned(),
+                    granularity: None,
+                    enabled: true,
+                };
+                bitmaps.add(&new).map(drop)
+            })
+        },
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "remove a bitmap",
+        make: |scratch| marked(scratch),
+        run: |world| bitmaps(world, |bitmaps| bitmaps.remove("one")),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "clear a bitmap",
+        make: |scratch| marked(scratch),
+        run: |world| bitmaps(world, |bitmaps| bitmaps.clear("one")),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "turn a bitmap off",
+        make: |scratch| marked(scratch),
+        run: |world| bitmaps(world, |bitmaps| bitmaps.disable("one")),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "write what bitmaps record",
+        make: |scratch| marked(scratch),
+        run: |world| {
+            let image = open::image_mut(&world.request("image"))?;
+            for (at, len) in [(5000, 700), (100 << 10, 20_000), (250 << 10, 40_000)] {
+                image
+                    .top
+                    .write_at(GuestOffset::new(at), &vec![0x77; len], &image.below)?;
+            }
+            image.top.flush()
+        },
+        outcome: Outcome::InPlace(Effect::Records),
     },
 ];

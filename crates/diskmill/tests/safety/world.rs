@@ -9,7 +9,7 @@ use diskmill::ops::check;
 use diskmill::policy::References;
 use diskmill::spec::ImageSpec;
 use diskmill_core::{CheckReport, GuestOffset, Job, Result, StorageMut};
-use diskmill_testkit::crash::{Effect, Picture, Subject, Tolerance};
+use diskmill_testkit::crash::{Effect, INCONSISTENT, Picture, Subject, Tolerance};
 use diskmill_testkit::fault::{Faults, Journal};
 use diskmill_testkit::{Scratch, model, oracle};
 
@@ -122,22 +122,14 @@ impl World {
             picture.snapshots.insert(snapshot.name.clone(), bytes);
         }
         for bitmap in facts.bitmaps.iter().flatten() {
-            picture.traits.insert(
-                format!("bitmap {}", bitmap.name),
-                self.bitmap(&image, &bitmap.name)?,
-            );
+            let text = match (bitmap.inconsistent, bitmap.enabled) {
+                (true, _) => INCONSISTENT.to_owned(),
+                (_, true) => format!("on {}", dirty(&image, &bitmap.name)?),
+                (_, false) => format!("off {}", dirty(&image, &bitmap.name)?),
+            };
+            picture.traits.insert(format!("bitmap {}", bitmap.name), text);
         }
         Ok(picture)
-    }
-
-    /// What a bitmap says, as text that is the same for the same.
-    fn bitmap(&self, image: &open::Image, name: &str) -> Result<String> {
-        let mut runs = image.chain.layers()[0].dirty(name)?;
-        let mut text = String::new();
-        while let Some(run) = runs.next_run()? {
-            text += &format!("{run:?} ");
-        }
-        Ok(text)
     }
 
     /// What our check finds in every qcow2 image of the folder, taken together.
@@ -155,6 +147,16 @@ impl World {
         }
         Ok(all)
     }
+}
+
+/// What a bitmap says, as text that is the same for the same.
+fn dirty(image: &open::Image, name: &str) -> Result<String> {
+    let mut runs = image.chain.layers()[0].dirty(name)?;
+    let mut text = String::new();
+    while let Some(run) = runs.next_run()? {
+        text += &format!("{run:?} ");
+    }
+    Ok(text)
 }
 
 /// Records what is done to files, by path.
