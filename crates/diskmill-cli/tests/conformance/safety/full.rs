@@ -56,7 +56,7 @@ fn every_command__out_of_space() {
             };
             if done.code != Some(0) {
                 failed += 1;
-                assert_told(&done, &["image", "new"], "No space left on device");
+                assert_told(&done, &["image", "new", "base"], "No space left on device");
             }
         }
     }
@@ -92,7 +92,7 @@ fn every_command__past_the_limit_of_a_file() {
             );
             if done.code != Some(0) {
                 failed += 1;
-                assert_told(&done, &["image", "new"], "File too large");
+                assert_told(&done, &["image", "new", "base"], "File too large");
             }
         }
     }
