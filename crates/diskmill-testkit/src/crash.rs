@@ -427,7 +427,13 @@ fn mixes(before: &[Picture], effect: Effect, through: Vec<Picture>, after: &Pict
             for bitmap in bitmaps.filter(|text| text.starts_with("on")) {
                 INCONSISTENT.clone_into(bitmap);
             }
-            vec![mix, marked, vec![after]]
+            // Bitmaps may say more than has changed, never less.
+            let mut recorded = mix.clone();
+            for picture in &mut recorded {
+                picture.traits.clone_from(&after.traits);
+            }
+            recorded.push(after);
+            vec![mix, marked, recorded]
         }
     }
 }

@@ -12,7 +12,7 @@ use diskmill::ops::resize::{self, NewSize, Preallocation, ResizeRequest};
 use diskmill::ops::snapshot::{self, Action};
 use diskmill::spec::ImageSpec;
 use diskmill_core::{
-    Bitmaps, CompactSpec, Compression, GuestOffset, Job, NewBitmap, Options, Repair, Result,
+    Bitmaps, CompactSpec, Compression, Error, ErrorKind, GuestOffset, Job, NewBitmap, Options, Repair, Result,
 };
 use diskmill_testkit::crash::Effect;
 use diskmill_testkit::scratch::{patch, peek};
@@ -34,7 +34,12 @@ pub fn soak() -> u32 {
 pub fn repair(world: &World) -> Result<()> {
     for name in world.scratch.names() {
         if !name.ends_with("raw") && !name.ends_with("data") {
-            check::repair(&world.request(&name), Repair::All, Job::silent())?;
+            let report = check::repair(&world.request(&name), Repair::All, Job::silent())?.report;
+            if report.check_errors + report.corruptions + report.leaks > 0 {
+                // What could not be done is in the report, from which the command makes its exit code.
+                let text = format!("{:?}", report.findings.first());
+                return Err(Error::new(ErrorKind::Io, text).path(world.scratch.join(name)));
+            }
         }
     }
     Ok(())
@@ -493,11 +498,9 @@ pub const OPERATIONS: &[Operation] = &[
         make: |scratch| marked(scratch),
         run: |world| {
             let image = open::image_mut(&world.request("image"))?;
-            for (at, len) in [(5000, 700), (100 << 10, 20_000), (250 << 10, 40_000)] {
-                image
-                    .top
-                    .write_at(GuestOffset::new(at), &vec![0x77; len], &image.below)?;
-            }
+            image
+                .top
+                .write_at(GuestOffset::new(5000), &[0x77; 60_000], &image.below)?;
             image.top.flush()
         },
         outcome: Outcome::InPlace(Effect::Records),
