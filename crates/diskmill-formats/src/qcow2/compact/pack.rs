@@ -66,14 +66,29 @@ impl Packer {
     }
 }
 
-/// A compressed cluster in the file.
+/// A compressed cluster in the file. There may be many: 16 bytes.
 #[derive(Clone, Copy, Debug)]
 struct Stream {
     start: u64,
+    /// Bytes it has at the most: fewer than two clusters.
+    len: u32,
+    /// How many references there are to it, or the largest number if that says too little.
+    weight: u32,
+}
+
+impl Stream {
+    fn new(span: CompressedSpan, weight: u64) -> Self {
+        Self {
+            start: span.at.get(),
+            len: u32::try_from(span.len).unwrap_or(u32::MAX),
+            weight: u32::try_from(weight).unwrap_or(u32::MAX),
+        }
+    }
+
     /// Where it ends at the latest.
-    end: u64,
-    /// How many references there are to it.
-    weight: u64,
+    fn end(self) -> u64 {
+        self.start.saturating_add(self.len.into())
+    }
 }
 
 /// A cluster that is stored plain and might be compressed.
@@ -292,18 +307,13 @@ impl Work<'_> {
             for (_, entry) in entries.drain(..).filter(|(_, entry)| entry.word.is_compressed()) {
                 let (first, last) = self.touched(entry.word);
                 if wanted(first, last) {
-                    let span = entry.word.span(self.geometry);
-                    streams.push(Stream {
-                        start: span.at.get(),
-                        end: span.end().get(),
-                        weight,
-                    });
+                    streams.push(Stream::new(entry.word.span(self.geometry), weight));
                 }
             }
         }
-        streams.sort_unstable_by_key(|stream| (stream.start, stream.end));
+        streams.sort_unstable_by_key(|stream| (stream.start, stream.len));
         streams.dedup_by(|next, stream| {
-            let same = (next.start, next.end) == (stream.start, stream.end);
+            let same = (next.start, next.len) == (stream.start, stream.len);
             if same {
                 stream.weight = stream.weight.saturating_add(next.weight);
             }
@@ -317,7 +327,7 @@ impl Work<'_> {
         let bits = self.bits();
         let mut clusters = Vec::new();
         for stream in self.streams(|first, _| first < limit)? {
-            clusters.extend(stream.start >> bits..=stream.end.saturating_sub(1) >> bits);
+            clusters.extend(stream.start >> bits..=stream.end().saturating_sub(1) >> bits);
         }
         clusters.sort_unstable();
         clusters.dedup();
@@ -331,12 +341,13 @@ impl Work<'_> {
         let streams = self.streams(|_, _| true)?;
         // Clusters, and the bytes of streams in each.
         let mut fills: Vec<(u64, u64)> = Vec::new();
-        for (index, Stream { start, end, .. }) in streams.iter().enumerate() {
+        for (index, stream) in streams.iter().enumerate() {
+            let start = stream.start;
             let next = streams.get(index.saturating_add(1));
             let next = next.map_or(u64::MAX, |next| next.start);
-            let end = (*end).min(next.max(start.saturating_add(1)));
+            let end = stream.end().min(next.max(start.saturating_add(1)));
             for cluster in start >> bits..=end.saturating_sub(1) >> bits {
-                let from = (*start).max(cluster << bits);
+                let from = start.max(cluster << bits);
                 let to = end.min(cluster.saturating_add(1) << bits);
                 match fills.last_mut() {
                     Some((last, bytes)) if *last == cluster => {
@@ -426,10 +437,11 @@ impl Work<'_> {
         let next = streams.partition_point(|stream| stream.start <= span.at.get());
         let weight = streams
             .get(next.saturating_sub(1))
-            .filter(|stream| (stream.start, stream.end) == (span.at.get(), span.end().get()))
-            .map(|stream| stream.weight);
+            .filter(|stream| (stream.start, stream.end()) == (span.at.get(), span.end().get()))
+            .filter(|stream| stream.weight < u32::MAX)
+            .map(|stream| u64::from(stream.weight));
         let Some(weight) = weight else {
-            // Two streams begin in one place, which no writer does.
+            // Two streams begin in one place, or it has more references than any image: no writer does that.
             return Ok((None, 0));
         };
         let next = streams.get(next).map_or(u64::MAX, |stream| stream.start);

@@ -12,6 +12,9 @@ use super::bitmaps::BitmapTable;
 use super::work::{Entry, Work};
 use crate::codec::is_zero;
 
+/// Clusters that several tables refer to and that are remembered; others are looked at again.
+const SHARED_MAX: usize = 1 << 20;
+
 /// Holes shorter than this are none to the host.
 const HOST_BLOCK: u64 = 4096;
 
@@ -200,7 +203,7 @@ impl Work<'_> {
         };
         let cluster = host >> self.bits();
         let shared = self.data.is_none() && self.count(cluster)? > weight;
-        if shared {
+        if shared && search.shared.len() < SHARED_MAX {
             search.shared.insert(at, mask);
         }
         Ok(mask)
