@@ -7,7 +7,7 @@ use diskmill_core::{FileIndex, HostOffset, OptionError, Options, Writes};
 /// The option of that name.
 pub const OPTION: &str = "preallocation";
 
-/// How much of a new image is allocated at once.
+/// How much of a new image, or of what a disk grows by, is allocated at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Preallocation {
     /// Nothing.
@@ -22,23 +22,46 @@ pub enum Preallocation {
 }
 
 impl Preallocation {
+    /// The mode called `name`: `off`, `metadata`, `falloc` or `full`.
+    pub fn parse(name: &str) -> Option<Self> {
+        Some(match name {
+            "off" => Self::Off,
+            "metadata" => Self::Metadata,
+            "falloc" => Self::Falloc,
+            "full" => Self::Full,
+            _ => return None,
+        })
+    }
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Metadata => "metadata",
+            Self::Falloc => "falloc",
+            Self::Full => "full",
+        }
+    }
+
     /// The `preallocation` option; off if it is not given. `metadata` says whether the format has such a mode.
     pub fn from_options(options: &Options, metadata: bool) -> Result<Self, OptionError> {
-        match options.text(OPTION) {
-            None | Some("off") => Ok(Self::Off),
-            Some("metadata") if metadata => Ok(Self::Metadata),
-            Some("falloc") => Ok(Self::Falloc),
-            Some("full") => Ok(Self::Full),
-            Some(value) => Err(OptionError::Value {
-                name: OPTION.to_owned(),
-                value: value.to_owned(),
-                expected: if metadata {
-                    "off, metadata, falloc or full"
-                } else {
-                    "off, falloc or full"
-                },
-            }),
+        let Some(value) = options.text(OPTION) else {
+            return Ok(Self::Off);
+        };
+        match Self::parse(value) {
+            Some(Self::Metadata) if !metadata => {}
+            Some(mode) => return Ok(mode),
+            None => {}
         }
+        Err(OptionError::Value {
+            name: OPTION.to_owned(),
+            value: value.to_owned(),
+            expected: if metadata {
+                "off, metadata, falloc or full"
+            } else {
+                "off, falloc or full"
+            },
+        })
     }
 }
 

@@ -68,6 +68,7 @@ pub fn of(error: &Error) -> Option<String> {
             ResizeError::PreallocationOnShrink => {
                 "Preallocation can only be used for growing images".to_owned()
             }
+            ResizeError::Unaligned(_) => "The new size must be a multiple of 512".to_owned(),
             ResizeError::Device => "Cannot resize device files".to_owned(),
             ResizeError::Preallocation(mode) => format!("Unsupported preallocation mode: {mode}"),
             other => capital(&other.to_string()),

@@ -6,18 +6,18 @@ use diskmill_testkit::{Run, Scratch, oracle};
 use crate::tools::{ours, same, theirs};
 
 /// What is done to a new image before its options are changed.
-type Setup = &'static [&'static str];
+pub type Setup = &'static [&'static str];
 
 /// Two folders, the first for us and the second for the real tool, with equal images.
-struct Pair {
+pub struct Pair {
     ours: Scratch,
     theirs: Scratch,
 }
 
-const IMAGE: &str = "image.qcow2";
+pub const IMAGE: &str = "image.qcow2";
 
 impl Pair {
-    fn new(create: &str, setup: Setup) -> Self {
+    pub fn new(create: &str, setup: Setup) -> Self {
         let pair = Self {
             ours: Scratch::new(),
             theirs: Scratch::new(),
@@ -40,19 +40,26 @@ impl Pair {
 
     /// Wishes the same of both and demands the same outcome.
     fn amend(&self, wish: &str) {
+        self.both(&format!("amend -f qcow2 {wish} {IMAGE}"));
+    }
+
+    /// Runs the same words with both and demands the same outcome. What is refused must change nothing.
+    pub fn both(&self, words: &str) {
         let before = std::fs::read(self.ours.join(IMAGE)).unwrap();
-        let words = format!("amend -f qcow2 {wish} {IMAGE}");
-        let our = ours(&self.ours).words(&words).finish();
-        let their = theirs(&self.theirs).words(&words).finish();
+        let our = ours(&self.ours).words(words).finish();
+        let their = theirs(&self.theirs).words(words).finish();
         assert!(
             (our.code, our.out(), our.err()) == (their.code, their.out(), their.err()),
-            "{wish}\n--- ours\n{our}\n--- qemu-img's\n{their}"
+            "{words}\n--- ours\n{our}\n--- qemu-img's\n{their}"
         );
         if our.code != Some(0) {
             let now = std::fs::read(self.ours.join(IMAGE)).unwrap();
-            assert!(now == before, "{wish}: refused, and the image is not what it was");
+            assert!(
+                now == before,
+                "{words}: refused, and the image is not what it was"
+            );
         }
-        self.assert_alike(wish);
+        self.assert_alike(words);
     }
 
     fn assert_alike(&self, wish: &str) {
@@ -317,6 +324,27 @@ fn amend__data_files() {
         }
         pair.amend(&format!("-o data_file={name}"));
     }
+}
+
+#[test]
+fn amend__with_bitmaps() {
+    each(
+        "image.qcow2 8M",
+        &[
+            "img bitmap --add image.qcow2 on",
+            "img bitmap --add --disable -g 4k image.qcow2 off",
+            "write -P 1 0 1M",
+            "write -z 2M 1M",
+        ],
+        &[
+            "compat=v2",
+            "refcount_bits=64",
+            "lazy_refcounts=on",
+            "size=4M",
+            "size=16M",
+            "size=200M,refcount_bits=1",
+        ],
+    );
 }
 
 #[test]

@@ -23,6 +23,7 @@ mod ova;
 mod parts;
 mod readers;
 mod repair;
+mod resizing;
 mod safety;
 mod sizes;
 mod snapshots;

@@ -40,11 +40,11 @@ impl Image {
     /// Gives the disk another size, rounded up to a sector. All of its clusters are held.
     pub(super) fn resize_held(&self, size: u64, below: &Chain) -> Result<()> {
         let old = self.size.load(Ordering::Acquire);
-        if size.checked_next_multiple_of(SECTOR) == Some(old) {
-            return Ok(());
-        }
         if !self.snapshot_facts().is_empty() && self.version() == Version::V2 {
             return Err(refuse(ResizeError::OldSnapshots));
+        }
+        if size.checked_next_multiple_of(SECTOR) == Some(old) {
+            return Ok(());
         }
         let max = L1_BYTES_MAX / 8;
         let rounded = size.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX);

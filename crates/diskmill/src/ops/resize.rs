@@ -3,7 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use diskmill_core::{Error, ErrorKind, FileIndex, Format, GuestOffset, Reserve, Result, Storage};
+use diskmill_core::{Error, ErrorKind, FileIndex, Format, GuestOffset, Reserve, Result, SECTOR, Storage};
+pub use diskmill_formats::preallocation::Preallocation;
 
 use crate::open::{self, ImageMut, OpenRequest, OpenWarning};
 
@@ -16,43 +17,6 @@ pub enum NewSize {
     Grow(u64),
     /// This many bytes fewer.
     Shrink(u64),
-}
-
-/// What is done for the space that is new.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Preallocation {
-    /// Nothing.
-    #[default]
-    Off,
-    /// The tables are filled in.
-    Metadata,
-    /// Host space is reserved.
-    Falloc,
-    /// Zeros are written.
-    Full,
-}
-
-impl Preallocation {
-    /// The mode called `name`: `off`, `metadata`, `falloc` or `full`.
-    pub fn parse(name: &str) -> Option<Self> {
-        Some(match name {
-            "off" => Self::Off,
-            "metadata" => Self::Metadata,
-            "falloc" => Self::Falloc,
-            "full" => Self::Full,
-            _ => return None,
-        })
-    }
-
-    /// Its name.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Off => "off",
-            Self::Metadata => "metadata",
-            Self::Falloc => "falloc",
-            Self::Full => "full",
-        }
-    }
 }
 
 /// A change of size.
@@ -95,7 +59,7 @@ pub struct Resized {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ResizeError {
-    /// The size would be zero or less.
+    /// The size would be zero or less, or 2^63 or more.
     #[error("the new size must be positive")]
     NotPositive,
     /// The size would be less than it is, and that was not said to be meant.
@@ -111,6 +75,9 @@ pub enum ResizeError {
     /// Space that goes away cannot be preallocated.
     #[error("preallocation is for growing images only")]
     PreallocationOnShrink,
+    /// Only a raw disk can end within a sector.
+    #[error("the new size is {0} bytes, must be a multiple of 512")]
+    Unaligned(u64),
     /// A raw disk on a device is as large as the device.
     #[error("a device keeps its size")]
     Device,
@@ -136,8 +103,7 @@ pub fn run(request: &ResizeRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Resul
     };
     let refuse = |error: ResizeError| Err(Error::new(ErrorKind::Usage, error).op("resize").path(path));
     let to = match (to, request.size) {
-        (Some(to), _) if to > 0 => to,
-        (None, NewSize::Grow(_)) => u64::MAX,
+        (Some(to), _) if to > 0 && i64::try_from(to).is_ok() => to,
         _ => return refuse(ResizeError::NotPositive),
     };
     if to <= from && request.preallocation != Preallocation::Off {
@@ -147,7 +113,11 @@ pub fn run(request: &ResizeRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Resul
         return refuse(ResizeError::WouldShrink { from, to });
     }
     let on_device = |file: &Arc<dyn Storage>| file.hints().fixed_len;
-    let raw = image.top.facts().format == Format::Raw;
+    let format = image.top.facts().format;
+    let raw = format == Format::Raw;
+    if format == Format::Qcow2 && !to.is_multiple_of(SECTOR) {
+        return refuse(ResizeError::Unaligned(to));
+    }
     if raw && request.preallocation == Preallocation::Metadata {
         return refuse(ResizeError::Preallocation(request.preallocation.name()));
     }
