@@ -14,7 +14,7 @@ const PIECE: u64 = 1 << 20;
 /// Makes holes of the blocks in `range` that hold zeros; with `dry`, only looks. Returns the bytes given back. What can be
 /// read of the file stays the same, at every moment.
 ///
-/// Blocks are 4 KiB, at multiples of that; the last one of the file may be shorter.
+/// Blocks are 4 KiB, at multiples of that.
 pub fn punch_zeros(file: &dyn StorageMut, range: Range<u64>, dry: bool, job: Job<'_>) -> Result<u64> {
     let mut punched = 0_u64;
     let mut bytes = Vec::new();
@@ -72,12 +72,9 @@ fn punch(file: &dyn StorageMut, zeros: Option<Range<u64>>, dry: bool) -> Result<
     let Some(zeros) = zeros else {
         return Ok(0);
     };
-    // The host gives back whole blocks; its last one may be cut short by the end of the file.
+    // The host gives back whole blocks only, at the end of the file too.
     let start = zeros.start.next_multiple_of(BLOCK);
-    let end = match zeros.end == file.len()? {
-        true => zeros.end,
-        false => zeros.end - zeros.end % BLOCK,
-    };
+    let end = zeros.end - zeros.end % BLOCK;
     if start >= end {
         return Ok(0);
     }
