@@ -8,6 +8,7 @@ mod cases;
 mod image;
 mod names;
 mod random;
+mod vmdk;
 
 use std::collections::BTreeMap;
 use std::path::Path;
