@@ -16,6 +16,10 @@ pub struct Files {
     pub zlib: PathBuf,
     /// Compressed with zstd.
     pub zstd: PathBuf,
+    /// The disk as vmdk, sparse.
+    pub vmdk: PathBuf,
+    /// The disk as a vmdk stream.
+    pub stream: PathBuf,
     /// A disk of 2 TiB with all of its tables and nothing else.
     pub tables: PathBuf,
     /// Where outputs go.
@@ -30,6 +34,8 @@ impl Files {
             qcow2: scratch.join("source.qcow2"),
             zlib: scratch.join("zlib.qcow2"),
             zstd: scratch.join("zstd.qcow2"),
+            vmdk: scratch.join("source.vmdk"),
+            stream: scratch.join("stream.vmdk"),
             tables: scratch.join("tables.qcow2"),
             output: scratch.join("output"),
         };
@@ -51,6 +57,9 @@ impl Files {
             &files.zstd,
             "qcow2",
         );
+        oracle::convert(best, &files.source, "raw", &files.vmdk, "vmdk");
+        let stream = ["-o", "subformat=streamOptimized"];
+        oracle::convert(stream, &files.source, "raw", &files.stream, "vmdk");
         files
     }
 
@@ -106,6 +115,26 @@ pub fn all(files: &Files) -> Vec<Case> {
             &zstd,
             &files.source,
             "raw",
+            output,
+            "qcow2",
+        ),
+        convert("raw -> vmdk", 0.8, &[], &files.source, "raw", output, "vmdk"),
+        convert(
+            "raw -> vmdk stream",
+            0.2,
+            &["-o", "subformat=streamOptimized"],
+            &files.source,
+            "raw",
+            output,
+            "vmdk",
+        ),
+        convert("vmdk -> qcow2", 0.8, &[], &files.vmdk, "vmdk", output, "qcow2"),
+        convert(
+            "vmdk stream -> qcow2",
+            0.4,
+            &[],
+            &files.stream,
+            "vmdk",
             output,
             "qcow2",
         ),

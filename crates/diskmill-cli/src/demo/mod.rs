@@ -39,7 +39,7 @@ struct Step {
     compress: bool,
 }
 
-const STEPS: [Step; 4] = [
+const STEPS: [Step; 5] = [
     Step {
         what: "raw -> qcow2",
         file: "disk.qcow2",
@@ -59,7 +59,13 @@ const STEPS: [Step; 4] = [
         compress: false,
     },
     Step {
-        what: "vdi -> raw",
+        what: "vdi -> vmdk",
+        file: "disk.vmdk",
+        format: "vmdk",
+        compress: false,
+    },
+    Step {
+        what: "vmdk -> raw",
         file: "back.raw",
         format: "raw",
         compress: false,
