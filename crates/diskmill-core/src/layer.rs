@@ -146,6 +146,12 @@ pub trait LayerMut: Layer {
         let _ = content_id;
     }
 
+    /// Tells an image that knows its backing image by identity which one that is to be; it counts from the next
+    /// [`set_backing`](Self::set_backing) on. Others need not know.
+    fn expect_parent(&self, parent: Option<Identity>) {
+        let _ = parent;
+    }
+
     /// Takes a new content id now instead of at the first change, durably, where the format keeps one.
     fn renew_content_id(&self) -> Result<()> {
         Ok(())

@@ -216,8 +216,35 @@ fn vdi__commit() {
     assert_eq!(scratch::len(scratch.join("child.vdi")), 1024);
     assert_eq!(ours_reads(&scratch, "child.vdi"), new);
     all_read(&scratch, "base.vdi", &new);
-    run("rebase -u -b base.vdi -F vdi child.vdi").finish().expect(1);
-    assert_eq!(ours_reads(&scratch, "child.vdi"), new);
+}
+
+#[test]
+fn vdi__rebase() {
+    let (scratch, _, digest) = make(15);
+    let run = |words: &str| native(&scratch).words(words);
+    run("convert -f raw -O vdi disk.raw base.vdi").ok();
+    oracle::io(
+        scratch.join("disk.raw"),
+        "raw",
+        ["write -P 7 300k 3k", "write -z 1M 1M"],
+    );
+    run("convert -f raw -O vdi disk.raw new.vdi").ok();
+    run("create -f vdi -b base.vdi -F vdi child.vdi").ok();
+    run("rebase -b new.vdi -F vdi child.vdi").ok();
+    assert_eq!(ours_reads(&scratch, "child.vdi"), digest);
+    assert_eq!(dissect_vdi(&scratch, &["new.vdi", "child.vdi"]), digest);
+    run("rebase -b disk.raw -F raw child.vdi").finish().expect(1);
+    assert_eq!(ours_reads(&scratch, "child.vdi"), digest);
+    // A parent that was changed, and fits all the same by the user's word.
+    run("resize -q new.vdi +1M").ok();
+    run("map child.vdi").finish().expect(1);
+    run("rebase -u -b new.vdi -F vdi child.vdi").ok();
+    assert_eq!(ours_reads(&scratch, "child.vdi"), digest);
+    run("rebase -b base.vdi -F vdi child.vdi").ok();
+    assert_eq!(ours_reads(&scratch, "child.vdi"), digest);
+    native(&scratch).args(["rebase", "-b", "", "child.vdi"]).ok();
+    all_read(&scratch, "child.vdi", &digest);
+    oracle::assert_clean(scratch.join("child.vdi"), "vdi");
 }
 
 #[test]

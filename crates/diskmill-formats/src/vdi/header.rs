@@ -113,7 +113,7 @@ impl ImageType {
         }
     }
 
-    const fn number(self) -> u32 {
+    pub(super) const fn number(self) -> u32 {
         match self {
             Self::Dynamic => DYNAMIC,
             Self::Fixed => FIXED,

@@ -93,7 +93,7 @@ impl Image {
                 self.file
                     .zero(host.plus(at.within(BLOCK))?..end, ZeroHow::KeepAllocated)
             }
-            (Entry::Free, None) if self.diff && below.virtual_size() > old => {
+            (Entry::Free, None) if self.is_diff() && below.virtual_size() > old => {
                 self.write_new(block, at.align_down(BLOCK), &[], below)
             }
             _ => Ok(()),
@@ -115,7 +115,7 @@ impl Image {
                 }
                 tables.map.set(block, Entry::Slot(slot));
             }
-        } else if self.diff && below.virtual_size() > old {
+        } else if self.is_diff() && below.virtual_size() > old {
             // Nothing of what is below behind the old end may come to light.
             let end = blocks(below.virtual_size()).unwrap_or(count).min(count);
             for block in first..end {
@@ -138,7 +138,7 @@ impl Image {
                 .file
                 .zero(at.plus(edge.within(BLOCK))?..end, ZeroHow::KeepAllocated)?;
         }
-        let gone = if self.diff { Entry::Zero } else { Entry::Free };
+        let gone = if self.is_diff() { Entry::Zero } else { Entry::Free };
         let behind: Vec<(u32, u32)> = tables.map.slots().filter(|(block, _)| *block >= count).collect();
         for (block, _) in &behind {
             tables.enter(*block, gone);

@@ -242,6 +242,8 @@ impl Tables {
             raw.blocks = U32::new(header.blocks);
             raw.blocks_allocated = U32::new(header.blocks_allocated);
             raw.uuid_modify = header.uuid_modify.0;
+            raw.image_type = U32::new(header.image_type.number());
+            raw.uuid_link = header.uuid_link.0;
             raw.uuid_parent_modify = header.uuid_parent_modify.0;
         }
         let written = self.file.write_at(HostOffset::ZERO, &self.sector);

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
-    Chain, Error, ErrorKind, Extent, Facts, FileIndex, Format, GuestOffset, HostOffset, Identity, Layer,
-    LayerMut, OpenSpec, Reserve, Result, Storage, StorageMut, Stored, ZeroHow,
+    BackingName, Chain, Error, ErrorKind, Extent, Facts, FileIndex, Format, GuestOffset, HostOffset,
+    Identity, Layer, LayerMut, OpenSpec, Reserve, Result, Storage, StorageMut, Stored, ZeroHow,
 };
 
 use super::header::{Header, ImageType};
@@ -31,7 +31,9 @@ pub(super) struct Image {
     facts: Facts,
     readable: Arc<dyn Storage>,
     pub(super) file: Arc<dyn StorageMut>,
-    pub(super) diff: bool,
+    diff: AtomicBool,
+    /// What the next [`set_backing`](LayerMut::set_backing) makes the parent.
+    expected: Mutex<Option<Identity>>,
     pub(super) fixed: bool,
     unmap: bool,
     pub(super) size: AtomicU64,
@@ -58,7 +60,8 @@ impl Image {
         let header = &tables.header;
         Ok(Self {
             facts,
-            diff: header.is_diff(),
+            diff: AtomicBool::new(header.is_diff()),
+            expected: Mutex::new(None),
             fixed: header.image_type == ImageType::Fixed,
             unmap: how.unmap,
             size: AtomicU64::new(header.virtual_size()),
@@ -74,6 +77,11 @@ impl Image {
         // A panic under the lock is a bug that tests would show; an entry is marked as changed in the step that
         // changes it.
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether absent blocks are the parent's.
+    pub(super) fn is_diff(&self) -> bool {
+        self.diff.load(Ordering::Acquire)
     }
 
     /// Before the first change of a session.
@@ -137,7 +145,7 @@ impl Image {
     /// is held alone.
     pub(super) fn write_new(&self, block: u32, at: GuestOffset, bytes: &[u8], below: &Chain) -> Result<()> {
         let around = match self.lock().map.get(block) {
-            Entry::Free if self.diff && !below.is_empty() => Around::Below(below),
+            Entry::Free if self.is_diff() && !below.is_empty() => Around::Below(below),
             _ => Around::Zeros,
         };
         let (slot, fresh, host) = {
@@ -329,7 +337,7 @@ impl LayerMut for Image {
                         .map_err(|error| error.guest(part.start));
                 }
             }
-            match self.diff {
+            match self.is_diff() {
                 true => self.zero_absent(block, &part, below),
                 false => Ok(()),
             }
@@ -395,6 +403,47 @@ impl LayerMut for Image {
                 }
             }
         })
+    }
+
+    fn expect_parent(&self, parent: Option<Identity>) {
+        *self.expected.lock().unwrap_or_else(PoisonError::into_inner) = parent;
+    }
+
+    /// One write of the first sector says it. An image without a parent does not get one: its free blocks are zeros.
+    fn set_backing(&self, backing: Option<&BackingName>) -> Result<()> {
+        let refuse = |kind, text: &'static str| Err(Error::new(kind, text).format(Format::Vdi));
+        let expected = *self.expected.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.is_diff() {
+            return match backing {
+                None => Ok(()),
+                Some(_) => refuse(
+                    ErrorKind::Unsupported,
+                    "only a differencing image can get another parent; 'create -b' makes one",
+                ),
+            };
+        }
+        let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
+        let mut tables = self.lock();
+        tables.settle_for_good()?;
+        let header = &mut tables.header;
+        match (backing, expected) {
+            (None, _) => {
+                header.image_type = ImageType::Dynamic;
+                (header.uuid_link, header.uuid_parent_modify) = (Uuid::NIL, Uuid::NIL);
+            }
+            (Some(_), Some(parent)) => {
+                (header.uuid_link, header.uuid_parent_modify) = (Uuid(parent.image), Uuid(parent.state));
+            }
+            (Some(_), None) => {
+                return refuse(
+                    ErrorKind::Usage,
+                    "a vdi image names its parent by UUID, so that must be a vdi image",
+                );
+            }
+        }
+        tables.switch_header()?;
+        self.diff.store(backing.is_some(), Ordering::Release);
+        Ok(())
     }
 
     fn set_parent_state(&self, state: [u8; 16]) -> Result<()> {

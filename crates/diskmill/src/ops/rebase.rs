@@ -7,7 +7,7 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use diskmill_core::{BackingName, Chain, Error, ErrorKind, Job, Layer, Result};
+use diskmill_core::{BackingName, Chain, Error, ErrorKind, Facts, Identity, Job, Layer, Result};
 use diskmill_formats::registry;
 use diskmill_storage::CacheMode;
 
@@ -125,12 +125,15 @@ pub fn run(request: &RebaseRequest, warn: &mut dyn FnMut(&OpenWarning), job: Job
             None => Image::none(),
         };
         image.top.expect_backing(content_id(&new));
+        image.top.expect_parent(identity(&new));
         let summary = copy(request, &image, new, job).map_err(|error| error.op("rebase").path(path))?;
         rebased.read = summary.read;
         rebased.stored = summary.stored;
-    } else if let (Some(name), true) = (&name, image.top.facts().content_id.is_some()) {
-        // It names what is in the new backing image beside its name.
-        image.top.expect_backing(content_id(&open_new(request, name)?));
+    } else if let (Some(name), true) = (&name, knows_more(image.top.facts())) {
+        // It names what is in the new backing image beside its name, or which one it is.
+        let new = open_new(request, name)?;
+        image.top.expect_backing(content_id(&new));
+        image.top.expect_parent(identity(&new));
     }
     job.check()?;
     let backing = name.clone().map(|name| BackingName {
@@ -148,6 +151,15 @@ pub fn run(request: &RebaseRequest, warn: &mut dyn FnMut(&OpenWarning), job: Job
 
 fn content_id(image: &Image) -> Option<u32> {
     image.chain.layers().first().and_then(|layer| layer.content_id())
+}
+
+fn identity(image: &Image) -> Option<Identity> {
+    image.chain.layers().first().and_then(|layer| layer.identity())
+}
+
+/// Whether an image names its backing image by more than a name.
+fn knows_more(facts: &Facts) -> bool {
+    facts.content_id.is_some() || facts.parent.is_some()
 }
 
 /// Opens the new backing image, whose name starts at the directory of the image.
