@@ -154,6 +154,7 @@ fn measure(case: &Case, ours: &Path, files: &Files, pairs: usize) -> Measured {
     // The first of each is not counted: it warms the caches, shows the memory and proves the output.
     let remembered = |run: &Run| {
         files.clear_output();
+        (case.setup)(files);
         let done = run.clone().watch_memory().ok();
         let bytes = case.output_format.map(|_| files.output_bytes());
         if let Some(format) = case.output_format {
@@ -182,6 +183,7 @@ fn measure(case: &Case, ours: &Path, files: &Files, pairs: usize) -> Measured {
             let mut sum = Duration::ZERO;
             for _ in 0..case.repeat {
                 files.clear_output();
+                (case.setup)(files);
                 sum += run.ok().took;
             }
             let times = if ours_now {

@@ -22,6 +22,10 @@ pub struct Files {
     pub stream: PathBuf,
     /// A disk of 2 TiB with all of its tables and nothing else.
     pub tables: PathBuf,
+    /// An overlay with all of the disk, over whatever the output is.
+    pub overlay: PathBuf,
+    /// A copy of it that is merged.
+    pub top: PathBuf,
     /// Where outputs go.
     pub output: PathBuf,
 }
@@ -37,6 +41,8 @@ impl Files {
             vmdk: scratch.join("source.vmdk"),
             stream: scratch.join("stream.vmdk"),
             tables: scratch.join("tables.qcow2"),
+            overlay: scratch.join("overlay.qcow2"),
+            top: scratch.join("top.qcow2"),
             output: scratch.join("output"),
         };
         oracle::create(&files.tables, "qcow2", "preallocation=metadata", "2T");
@@ -49,6 +55,11 @@ impl Files {
             &files.zlib,
             "qcow2",
         );
+        std::fs::copy(&files.qcow2, &files.overlay).expect("copy the disk");
+        oracle::qemu_img()
+            .words("rebase -u -f qcow2 -b output -F qcow2")
+            .arg(&files.overlay)
+            .ok();
         let zstd = ["-c", "-o", "compression_type=zstd"];
         oracle::convert(
             best.into_iter().chain(zstd),
@@ -61,6 +72,18 @@ impl Files {
         let stream = ["-o", "subformat=streamOptimized"];
         oracle::convert(stream, &files.source, "raw", &files.stream, "vmdk");
         files
+    }
+
+    /// Makes the output an empty image, and an overlay over it that holds the disk.
+    fn for_commit(&self) {
+        let size = len(&self.source).to_string();
+        oracle::create(&self.output, "qcow2", "", &size);
+        std::fs::copy(&self.overlay, &self.top).expect("copy the overlay");
+    }
+
+    /// Makes the output an empty overlay over the disk.
+    fn for_rebase(&self) {
+        oracle::create_overlay(&self.output, "", &self.qcow2, "qcow2", None);
     }
 
     /// Removes the output.
@@ -91,6 +114,8 @@ pub struct Case {
     pub theirs: Vec<String>,
     /// The format of what is written, if something is.
     pub output_format: Option<&'static str>,
+    /// What is made ready before each run.
+    pub setup: fn(&Files),
 }
 
 /// All cases.
@@ -141,6 +166,16 @@ pub fn all(files: &Files) -> Vec<Case> {
         convert("raw -> vdi", 0.8, &[], &files.source, "raw", output, "vdi"),
         convert("zlib qcow2 -> raw", 0.6, &[], &files.zlib, "qcow2", output, "raw"),
         convert("zstd qcow2 -> raw", 0.6, &[], &files.zstd, "qcow2", output, "raw"),
+        Case {
+            output_format: Some("qcow2"),
+            setup: Files::for_commit,
+            ..inspect("commit", 0.8, 1, "commit -q -d -f qcow2", &[&files.top])
+        },
+        Case {
+            output_format: Some("qcow2"),
+            setup: Files::for_rebase,
+            ..inspect("rebase to none", 0.8, 1, "rebase -f qcow2 --backing=", &[output])
+        },
         inspect(
             "compare raw qcow2",
             0.6,
@@ -190,6 +225,7 @@ fn convert(
         ours: command(&[]),
         theirs: command(&["-m", "16", "-W"]),
         output_format: Some(output_format),
+        setup: |_| {},
     }
 }
 
@@ -206,5 +242,6 @@ fn inspect(name: &'static str, goal: f64, repeat: u32, command: &str, files: &[&
         ours: args.clone(),
         theirs: args,
         output_format: None,
+        setup: |_| {},
     }
 }
