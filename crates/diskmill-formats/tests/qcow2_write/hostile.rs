@@ -106,3 +106,71 @@ fn random_damage_ends_in_errors_at_worst() {
         assert!(opened > 5, "{name}: nearly nothing could be opened: {opened}");
     }
 }
+
+/// A snapshot whose table lies is neither applied nor deleted, and nothing of the image changes but the mark it may get.
+#[test]
+fn snapshots_that_lie_are_refused() {
+    let image = images::named("version 2 snapshot").make();
+    let table = u64::from_be_bytes(image.files[0][64..72].try_into().expect("eight bytes")) as usize;
+    let past = (image.files[0].len() as u64).next_multiple_of(512) + 512;
+    let damages: [(&str, usize, Vec<u8>); 5] = [
+        ("an l1 table past the end", 0, past.to_be_bytes().to_vec()),
+        ("an l1 table within a cluster", 0, 700_u64.to_be_bytes().to_vec()),
+        ("no l1 table", 0, vec![0; 8]),
+        ("too few l1 entries", 8, vec![0; 4]),
+        ("a size no disk has", 48, (1_u64 << 63).to_be_bytes().to_vec()),
+    ];
+    for (what, at, bytes) in damages {
+        let mut files = image.files.clone();
+        files[0][table + at..table + at + bytes.len()].copy_from_slice(&bytes);
+        let disks = images::memory(&files);
+        // To open it may be refused as well.
+        let Ok(layer) = images::open(&disks) else { continue };
+        let snapshots = layer.snapshots().expect("snapshots");
+        snapshots.apply("one").expect_err(what);
+        if at == 0 {
+            snapshots.delete("1").expect_err(what);
+        }
+        drop(layer);
+        let picture = |files: &[Vec<u8>]| {
+            let driver = diskmill_formats::registry::by_name("qcow2").expect("a driver");
+            let main = images::memory(files).remove(0) as std::sync::Arc<dyn diskmill_core::Storage>;
+            let parsed = driver.parse(main.clone(), &images::how()).expect("parse");
+            let layer = parsed
+                .attach(vec![(diskmill_core::Role::Main, main)], &images::how())
+                .expect("attach");
+            let mut disk = vec![0; layer.virtual_size() as usize];
+            diskmill_core::Chain::new(vec![layer])
+                .read_at(GuestOffset::ZERO, &mut disk)
+                .expect("read");
+            disk
+        };
+        assert!(
+            picture(&images::bytes(&disks)) == image.start,
+            "{what}: the disk has changed"
+        );
+    }
+}
+
+#[test]
+fn options_of_damaged_images_change_or_do_not_but_it_ends() {
+    for name in ["cluster 512", "version 2 snapshot", "compressed", "refcount 64"] {
+        let image = images::named(name).make();
+        for seed in 0..40 * u64::from(soak()) {
+            let mut files = image.files.clone();
+            damage(&mut files[0], mix(seed));
+            for wish in [
+                "refcount_bits=1",
+                "refcount_bits=64",
+                "compat=0.10,refcount_bits=16",
+                "compat=1.1",
+            ] {
+                let disks = images::memory(&files);
+                if let Ok(layer) = images::open(&disks) {
+                    let wish = diskmill_core::Options::parse(wish);
+                    let _ = layer.amend(&wish, &image.below, diskmill_core::Job::silent());
+                }
+            }
+        }
+    }
+}
