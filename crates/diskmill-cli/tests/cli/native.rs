@@ -302,7 +302,7 @@ fn the_demo_verifies_and_cleans_up() {
         .arg("demo")
         .env("TMPDIR", scratch.path())
         .ok();
-    assert_eq!(done.out().matches("sha256 equal").count(), 4, "{done}");
+    assert_eq!(done.out().matches("sha256 equal").count(), 5, "{done}");
     assert_eq!(done.err(), "", "{done}");
     assert_eq!(
         std::fs::read_dir(scratch.path()).unwrap().count(),
