@@ -406,7 +406,14 @@ pub fn explains(
     after: &Picture,
     found: &Picture,
 ) -> std::result::Result<(), String> {
-    let mixes = mixes(std::slice::from_ref(before), effect, Vec::new(), after);
+    let mut through = Vec::new();
+    if after.disk.len() < before.disk.len() {
+        // What is given up may be gone before the disk is smaller.
+        let mut shrinking = before.clone();
+        shrinking.disk[after.disk.len()..].fill(0);
+        through.push(shrinking);
+    }
+    let mixes = mixes(std::slice::from_ref(before), effect, through, after);
     explain(&mixes, found)
 }
 

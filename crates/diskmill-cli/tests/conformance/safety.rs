@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use diskmill_testkit::crash::{Effect, Picture, Tolerance, explains};
 use diskmill_testkit::scratch::patch;
 use diskmill_testkit::sparse_random::SparseRandom;
-use diskmill_testkit::{Scratch, oracle};
+use diskmill_testkit::{Run, Scratch, oracle};
 
-use crate::tools::ours;
+use crate::tools::{native, ours};
 
 /// A command to be stopped. It works in a folder in which `image` is what it changes.
 struct Victim {
@@ -31,6 +31,22 @@ enum Leaves {
     Image(Effect),
     /// `image`, which was damaged and reads the same all the time.
     Damaged,
+}
+
+impl Victim {
+    /// Whether only we have the command, so that the name qemu-img does not.
+    fn is_native(&self) -> bool {
+        self.words.starts_with("compact")
+    }
+
+    fn command(&self, scratch: &Scratch) -> Run {
+        let run = if self.is_native() {
+            native(scratch)
+        } else {
+            ours(scratch)
+        };
+        run.words(self.words)
+    }
 }
 
 const SIZE: u64 = 12 << 20;
@@ -256,7 +272,7 @@ impl Case {
         (victim.make)(&before);
         let after = copy(&before);
         let started = Instant::now();
-        ours(&after).words(victim.words).ok();
+        victim.command(&after).ok();
         let whole = started.elapsed();
         let shown = match victim.leaves {
             Leaves::New(_) => None,

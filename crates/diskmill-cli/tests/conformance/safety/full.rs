@@ -48,7 +48,7 @@ fn every_command__out_of_space() {
                 if part == 1 && matches!(victim.leaves, Leaves::New(_)) {
                     work.file("new", b"precious");
                 }
-                let done = ours(&work).words(victim.words).finish();
+                let done = victim.command(&work).finish();
                 let left = copy(&work);
                 drop(mount);
                 case.judge(&left, &format!("{}, room for {room} bytes: {done}", victim.name));
@@ -83,7 +83,7 @@ fn every_command__past_the_limit_of_a_file() {
                     "sh",
                 ])
                 .arg(binary())
-                .args(binary_words())
+                .args(if victim.is_native() { &[] } else { binary_words() })
                 .words(victim.words)
                 .finish();
             case.judge(

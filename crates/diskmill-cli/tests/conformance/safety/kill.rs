@@ -8,7 +8,7 @@ use diskmill_testkit::sparse_random::mix;
 
 use super::{Case, Leaves, VICTIMS, copy};
 use crate::interrupt::signal;
-use crate::tools::{ours, seed, soak};
+use crate::tools::{seed, soak};
 
 /// Kills each command some times with signal `name`.
 fn killed(name: &str, number: i32) {
@@ -24,7 +24,7 @@ fn killed(name: &str, number: i32) {
             }
             state = mix(state);
             let wait = Duration::from_micros(state % (whole.as_micros() as u64 + 1));
-            let mut child = ours(&work).words(victim.words).spawn();
+            let mut child = victim.command(&work).spawn();
             std::thread::sleep(wait);
             signal(&child, name);
             let status = child.wait().expect("wait");
