@@ -116,10 +116,11 @@ impl Operands {
         if counts_skipped {
             len = len.map(|len| len.saturating_sub(skip));
         }
-        let mut extract = Extract::default();
-        extract.skip = skip;
-        extract.len = len;
-        extract.size = self.output_size;
+        let extract = Extract {
+            skip,
+            len,
+            size: self.output_size,
+        };
         (extract, skip > end)
     }
 }

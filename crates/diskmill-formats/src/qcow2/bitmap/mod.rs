@@ -8,7 +8,7 @@
 //!
 //! The extension counts only while autoclear bit 0 is set. All changes but that of a flag are made beside what there
 //! is: new bits, table and directory first, then one durable switch of the header, then the old ones are given back.
-//! [`Store`] says how changes of guest data get into enabled bitmaps.
+//! `Store` says how changes of guest data get into enabled bitmaps.
 
 mod change;
 mod changed;
