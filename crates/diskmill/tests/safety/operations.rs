@@ -505,4 +505,25 @@ pub const OPERATIONS: &[Operation] = &[
         },
         outcome: Outcome::InPlace(Effect::Records),
     },
+    Operation {
+        name: "grow with a data file",
+        make: |scratch| used(scratch, "cluster_size=4k,data_file=image.data"),
+        run: |world| resize(world, 9 << 20, Preallocation::Metadata),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "commit from a data file",
+        make: |scratch| overlay(scratch, "cluster_size=4k,data_file=image.data", "qcow2"),
+        run: |world| commit(world, Base::Next),
+        outcome: SETTLES,
+    },
+    Operation {
+        name: "repair with a data file",
+        make: |scratch| {
+            used(scratch, "cluster_size=4k,data_file=image.data");
+            recount(scratch, 2..5, |_| 0);
+        },
+        run: repair,
+        outcome: Outcome::Repair,
+    },
 ];
