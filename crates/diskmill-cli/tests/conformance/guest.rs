@@ -162,6 +162,22 @@ fn guest__boots_from_qcow2() {
 }
 
 #[test]
+fn guest__boots_from_vmdk() {
+    guest(&["convert -f raw -O vmdk disk.raw disk.vmdk"], "disk.vmdk");
+}
+
+#[test]
+fn guest__boots_from_split_vmdk_that_was_a_stream() {
+    guest(
+        &[
+            "convert -f raw -O vmdk -o subformat=streamOptimized disk.raw stream.vmdk",
+            "convert -f vmdk -O vmdk -o subformat=twoGbMaxExtentSparse stream.vmdk disk.vmdk",
+        ],
+        "disk.vmdk",
+    );
+}
+
+#[test]
 fn guest__boots_from_vdi() {
     guest(&["convert -f raw -O vdi disk.raw disk.vdi"], "disk.vdi");
 }

@@ -14,9 +14,9 @@ use super::VmdkImage;
 use super::header::Header;
 use super::layer::{Body, open_parts};
 use super::layout::GRAIN_MARKER_LEN;
-use super::map::{Kind, sector};
+use super::map::{Kind, sector, up};
 use super::sparse::{Dialect, Sparse, read_directory, words};
-use super::tables::Seen;
+use super::tables::{Seen, front, overlap};
 
 /// See [`diskmill_core::Parsed::check`].
 pub(super) fn check(image: &VmdkImage, files: Files, job: Job<'_>) -> Result<CheckReport> {
@@ -102,6 +102,12 @@ impl Check<'_> {
             .total_units
             .saturating_add(geometry.disk.div_ceil(grain.max(1)));
         let redundant = self.redundant()?;
+        if self.overlaps(redundant.as_ref()) {
+            // Whatever was written to one would damage the other.
+            (self.fix, self.any_fix) = (None, None);
+            let text = "grain tables and directories overlap".to_owned();
+            self.add(FindingKind::Corruption, text, None, None, false);
+        }
         let mut seen = Seen::new(self.sparse.file_len.div_ceil(SECTOR));
         let ranges = self.table_ranges(redundant.as_ref());
         let mut last: Option<u64> = None;
@@ -222,9 +228,7 @@ impl Check<'_> {
                     (Some(storage), Some(gd)) => {
                         let mut copy = copy_bytes.clone();
                         copy.resize(len.next_multiple_of(512), 0);
-                        let end = storage
-                            .len()?
-                            .next_multiple_of(self.sparse.geometry.grain.max(SECTOR));
+                        let end = up(storage.len()?, self.sparse.geometry.grain.max(SECTOR));
                         let number = u32::try_from(end / SECTOR).map_err(|_| super::create::full())?;
                         storage.write_at(HostOffset::new(end), &copy)?;
                         storage.sync()?;
@@ -250,6 +254,28 @@ impl Check<'_> {
             }
             _ => Ok(primary),
         }
+    }
+
+    /// Whether two tables, or a table and a directory or the header, have a sector in common.
+    fn overlaps(&self, redundant: Option<&Vec<u32>>) -> bool {
+        if matches!(self.sparse.dialect, Dialect::Se { .. }) {
+            return false;
+        }
+        let sectors = (self.sparse.directory.len() as u64)
+            .saturating_mul(4)
+            .div_ceil(SECTOR);
+        let mut fixed = front(self.header);
+        if let Some(header) = self.header {
+            let places = [header.gd, header.rgd.filter(|_| redundant.is_some())];
+            let ranges = places.into_iter().flatten();
+            fixed.extend(ranges.map(|at| (at, at.saturating_add(sectors))));
+        }
+        let lists = [Some(&self.sparse.directory), redundant];
+        overlap(
+            lists.into_iter().flatten(),
+            (self.sparse.geometry.table_len() as u64).div_ceil(SECTOR),
+            fixed,
+        )
     }
 
     fn read(&self, at: HostOffset, len: usize) -> Result<Option<Vec<u8>>> {
@@ -369,11 +395,7 @@ impl Check<'_> {
         };
         let grain = self.sparse.geometry.grain;
         let tables = ranges.last().map_or(0, |range| range.1);
-        let end = seen
-            .end
-            .max(tables)
-            .saturating_mul(SECTOR)
-            .next_multiple_of(grain);
+        let end = up(seen.end.max(tables).saturating_mul(SECTOR), grain);
         let leaked = self.sparse.file_len.saturating_sub(end) / grain;
         if leaked == 0 || self.sparse.storage.hints().fixed_len {
             return Ok(());

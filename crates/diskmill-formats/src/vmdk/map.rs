@@ -129,6 +129,11 @@ pub fn sector(sector: u64) -> HostOffset {
     HostOffset::new(sector.saturating_mul(SECTOR))
 }
 
+/// The multiple of `step` at or above `value`, or the last number there is.
+pub fn up(value: u64, step: u64) -> u64 {
+    value.checked_next_multiple_of(step).unwrap_or(u64::MAX)
+}
+
 /// Bytes of tables that are held at most.
 const CACHE_BYTES: usize = 8 << 20;
 

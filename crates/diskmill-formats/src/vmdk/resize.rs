@@ -10,7 +10,7 @@ use diskmill_core::{
 use super::create::{cylinders, full};
 use super::descriptor::{Access, with_extent_len, with_key};
 use super::layout::COWD_NEXT_FREE;
-use super::map::{Kind, sector};
+use super::map::{Kind, sector, up};
 use super::options::SPLIT;
 use super::sparse::Dialect;
 use super::tables::Tables;
@@ -34,7 +34,7 @@ pub(super) fn clear(tables: &mut Tables) -> Result<()> {
     tables.storage.sync()?;
     tables.forget();
     let grain = (tables.geometry.grain / SECTOR).max(1);
-    tables.next = tables.tables_end().next_multiple_of(grain);
+    tables.next = up(tables.tables_end(), grain);
     if tables.dialect == Dialect::Cowd {
         let next = u32::try_from(tables.next).map_err(|_| full())?;
         tables
@@ -172,7 +172,7 @@ fn grow(part: &mut PartMut, len: u64, below: &Chain) -> Result<()> {
             let copies: u64 = if tables.redundant.is_some() { 2 } else { 1 };
             let first = tables.next;
             let end = first.saturating_add(need.saturating_mul(copies));
-            tables.next = end.next_multiple_of((tables.geometry.grain / SECTOR).max(1));
+            tables.next = up(end, (tables.geometry.grain / SECTOR).max(1));
             tables.directory_at = first;
             if let Some((at, _)) = &mut tables.redundant {
                 *at = first.saturating_add(need);
@@ -264,7 +264,7 @@ fn cut_tail(tables: &mut Tables) -> Result<()> {
     tables.forget();
     tables.find_ranges();
     let grain = (tables.geometry.grain / SECTOR).max(1);
-    tables.next = tables.tables_end().next_multiple_of(grain);
+    tables.next = up(tables.tables_end(), grain);
     tables.demand_sound()?;
     let end = tables.next.saturating_mul(SECTOR);
     if !tables.storage.hints().fixed_len && tables.storage.len()? > end {

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use diskmill_core::{Error, ErrorKind, Format, HostOffset, Result, SECTOR, StorageMut};
 
 use super::create::full;
-use super::map::{Geometry, Kind, sector};
+use super::header::Header;
+use super::layout::COWD_HEADER_LEN;
+use super::map::{Geometry, Kind, sector, up};
 use super::sparse::{Dialect, within, words};
 
 /// Why an extent cannot be written. What it says of itself contradicts itself, and writing could lose data.
@@ -20,6 +22,9 @@ pub enum TableError {
     /// A grain where tables are.
     #[error("the grain at {0:#x} lies in the tables: the image must be repaired before it is written")]
     InTables(u64),
+    /// Tables, directories, header and descriptor are not all in places of their own.
+    #[error("grain tables and directories overlap: the image contradicts itself and is only read")]
+    Overlap,
     /// Two entries with one grain.
     #[error("two entries name the grain at {0:#x}: the image must be repaired before it is written")]
     Shared(u64),
@@ -50,6 +55,8 @@ pub(super) struct Tables {
     pub(super) redundant: Option<(u64, Vec<u32>)>,
     /// Sectors in front of which no grain is.
     pub(super) overhead: u64,
+    /// The sectors of header and descriptor.
+    front: Vec<(u64, u64)>,
     held: BTreeMap<usize, Vec<u32>>,
     dirty: BTreeSet<usize>,
     /// Entries of the directories that are new.
@@ -68,6 +75,7 @@ impl Tables {
         directory: (u64, Vec<u32>),
         redundant: Option<(u64, Vec<u32>)>,
         overhead: u64,
+        front: Vec<(u64, u64)>,
     ) -> Result<Self> {
         let mut tables = Self {
             next: 0,
@@ -78,6 +86,7 @@ impl Tables {
             directory: directory.1,
             redundant,
             overhead,
+            front,
             held: BTreeMap::new(),
             dirty: BTreeSet::new(),
             unlisted: BTreeSet::new(),
@@ -93,9 +102,7 @@ impl Tables {
     }
 
     fn grain_up(&self, sector: u64) -> u64 {
-        sector
-            .checked_next_multiple_of(self.grain_sectors())
-            .unwrap_or(u64::MAX)
+        up(sector, self.grain_sectors())
     }
 
     /// Sectors of a table.
@@ -307,6 +314,20 @@ impl Tables {
     /// Fails if a grain is used twice or lies where tables are: whoever writes such an image may destroy it.
     pub(super) fn demand_sound(&mut self) -> Result<()> {
         let grain = self.grain_sectors();
+        let sectors = (self.directory.len() as u64).saturating_mul(4).div_ceil(SECTOR);
+        let copy = self.redundant.as_ref();
+        let places = [Some(self.directory_at), copy.map(|(at, _)| *at)];
+        let mut fixed = self.front.clone();
+        fixed.extend(
+            places
+                .into_iter()
+                .flatten()
+                .map(|at| (at, at.saturating_add(sectors))),
+        );
+        let lists = [Some(&self.directory), copy.map(|(_, list)| list)];
+        if overlap(lists.into_iter().flatten(), self.table_sectors(), fixed) {
+            return Err(TableError::Overlap.into());
+        }
         let mut seen = Seen::new(self.storage.len()?.div_ceil(SECTOR));
         for index in 0..self.directory.len() {
             let at = match self.directory.get(index).copied() {
@@ -356,6 +377,42 @@ impl Tables {
         }
         Ok(())
     }
+}
+
+/// The sectors of the header and of the descriptor behind it.
+pub(super) fn front(header: Option<&Header>) -> Vec<(u64, u64)> {
+    match header {
+        None => vec![(0, COWD_HEADER_LEN / SECTOR)],
+        Some(header) => {
+            let text = header.descriptor.map(|(at, len)| (at, at.saturating_add(len)));
+            std::iter::once((0, 1)).chain(text).collect()
+        }
+    }
+}
+
+/// Whether two tables of `len` sectors, or a table and one of the ranges in `fixed`, or two of these, have a sector in
+/// common.
+pub(super) fn overlap<'a>(
+    lists: impl Iterator<Item = &'a Vec<u32>>,
+    len: u64,
+    mut fixed: Vec<(u64, u64)>,
+) -> bool {
+    let mut tables: Vec<u32> = lists.flatten().copied().filter(|at| *at != 0).collect();
+    tables.sort_unstable();
+    let near = |pair: &[u32]| match pair {
+        [first, next] => u64::from(*next) < u64::from(*first).saturating_add(len),
+        _ => false,
+    };
+    if tables.windows(2).any(near) {
+        return true;
+    }
+    fixed.sort_unstable();
+    let meet = |pair: &[(u64, u64)]| matches!(pair, [first, next] if next.0 < first.1);
+    fixed.windows(2).any(meet)
+        || fixed.iter().any(|(start, end)| {
+            let first = tables.partition_point(|at| u64::from(*at).saturating_add(len) <= *start);
+            tables.get(first).is_some_and(|at| u64::from(*at) < *end)
+        })
 }
 
 /// Sectors that are in use, in runs: adjoining grains are one.

@@ -20,7 +20,7 @@ use super::layout::MOST_TEXT;
 use super::map::{Kind, scan, sector};
 use super::options::{content_id, mix};
 use super::sparse::{Dialect, Sparse, read_directory};
-use super::tables::Tables;
+use super::tables::{Tables, front};
 use super::{Shape, TextPlace, VmdkImage, facts, unsupported};
 
 /// Where the bytes of an extent are.
@@ -196,6 +196,7 @@ fn tables(sparse: Sparse, header: Option<&Header>, storage: Arc<dyn StorageMut>)
         (at, sparse.directory),
         redundant,
         overhead,
+        front(header),
     )?;
     tables.demand_tables()?;
     Ok(tables)

@@ -95,7 +95,6 @@ fn play(name: String, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Tale
 
 #[test]
 fn a_power_cut_at_random_leaks_at_worst() {
-    println!("DISKMILL_SEED={}", seed());
     let mut figures = Figures::default();
     for kind in &images::KINDS {
         let image = kind.make();

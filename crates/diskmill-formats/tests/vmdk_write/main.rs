@@ -5,3 +5,4 @@ mod crash;
 mod damage;
 mod images;
 mod model;
+mod mutated;

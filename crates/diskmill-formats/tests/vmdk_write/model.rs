@@ -103,7 +103,6 @@ fn follow(image: &Image, ops: &[Op]) {
 
 #[test]
 fn random_operations_follow_the_model() {
-    println!("DISKMILL_SEED={}", seed());
     for kind in &KINDS {
         let image = kind.make();
         follow(&image, &[]);
