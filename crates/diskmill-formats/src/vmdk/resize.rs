@@ -9,13 +9,15 @@ use diskmill_core::{
 
 use super::create::{cylinders, full};
 use super::descriptor::{Access, with_extent_len, with_key};
+use super::grains::zero_from;
 use super::layout::COWD_NEXT_FREE;
 use super::map::{Kind, sector, up};
 use super::options::SPLIT;
+use super::parts::{BodyMut, PartMut, tables_of};
 use super::sparse::Dialect;
 use super::tables::Tables;
 use super::unsupported;
-use super::write::{BodyMut, Image, PartMut, tables_of, zero_from};
+use super::write::Image;
 
 /// Empties an extent: no grain is left, and the file ends behind its tables.
 pub(super) fn clear(tables: &mut Tables) -> Result<()> {

@@ -8,54 +8,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use diskmill_core::{
-    BackingName, Chain, Error, ErrorKind, Extent, Facts, FileIndex, FilesMut, Format, GuestOffset,
-    HostOffset, HostSpan, Layer, LayerMut, OpenSpec, Result, SECTOR, State, Storage, StorageMut, Stored,
-    ZeroHow,
+    BackingName, Chain, Error, ErrorKind, Extent, Facts, FileIndex, FilesMut, Format, GuestOffset, HostSpan,
+    Layer, LayerMut, OpenSpec, Result, State, Storage, StorageMut, Stored, ZeroHow,
 };
 
 use super::descriptor::{Access, Descriptor, NO_PARENT, is_writable, with_key};
-use super::header::{Cowd, Header};
-use super::layer::{Body, Part, head, no_access, open_parts};
+use super::grains::{write_grains, zero_sparse};
+use super::layer::open_parts;
 use super::layout::MOST_TEXT;
-use super::map::{Kind, scan, sector};
+use super::map::Kind;
 use super::options::{content_id, mix};
-use super::sparse::{Dialect, Sparse, read_directory};
-use super::tables::{Tables, front};
+use super::parts::{
+    BodyMut, PartMut, Piece, demand_writable, lock, look, pieces, read_piece, to_mut, to_usize, write_back,
+};
+use super::tables::Tables;
 use super::{Shape, TextPlace, VmdkImage, facts, unsupported};
-
-/// Where the bytes of an extent are.
-#[derive(Debug)]
-pub(super) enum BodyMut {
-    /// In a file as they are, from here on.
-    Flat {
-        /// Which file.
-        file: FileIndex,
-        /// The file.
-        storage: Arc<dyn StorageMut>,
-        /// The first byte.
-        at: HostOffset,
-    },
-    /// In a sparse file.
-    Sparse {
-        /// Which file.
-        file: FileIndex,
-        /// Its tables.
-        tables: Box<Mutex<Tables>>,
-    },
-    /// Nowhere.
-    Zero,
-}
-
-/// A part of the disk.
-#[derive(Debug)]
-pub(super) struct PartMut {
-    pub(super) start: u64,
-    pub(super) len: u64,
-    pub(super) access: Access,
-    pub(super) body: BodyMut,
-    /// The header of a hosted sparse file.
-    pub(super) header: Option<Header>,
-}
 
 /// The descriptor.
 #[derive(Debug)]
@@ -80,10 +47,6 @@ pub(super) struct Image {
     unmap: bool,
     /// Whether the descriptor is in the file it is about.
     embedded: bool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Opens a disk for changing it.
@@ -124,123 +87,6 @@ pub(super) fn attach(image: VmdkImage, files: FilesMut, how: &OpenSpec) -> Resul
         fresh: how.content_id,
         unmap: how.unmap,
     })
-}
-
-fn to_mut(part: Part, files: &[Arc<dyn StorageMut>]) -> Result<PartMut> {
-    let find = |file: FileIndex| {
-        files
-            .get(usize::from(file.0))
-            .cloned()
-            .ok_or_else(|| Error::new(ErrorKind::Usage, "the file of the extent is not there"))
-    };
-    let body = match part.body {
-        Body::Zero => BodyMut::Zero,
-        Body::Flat { file, at, .. } => BodyMut::Flat {
-            file,
-            storage: find(file)?,
-            at,
-        },
-        Body::Sparse(sparse) => {
-            let file = sparse.file;
-            let tables = tables(*sparse, part.header.as_ref(), find(file)?)?;
-            BodyMut::Sparse {
-                file,
-                tables: Box::new(Mutex::new(tables)),
-            }
-        }
-    };
-    Ok(PartMut {
-        start: part.start,
-        len: part.len,
-        access: part.access,
-        body,
-        header: part.header,
-    })
-}
-
-fn tables(sparse: Sparse, header: Option<&Header>, storage: Arc<dyn StorageMut>) -> Result<Tables> {
-    let (at, redundant, overhead) = match (sparse.dialect, header) {
-        (Dialect::Hosted { packed: true, .. }, _) => {
-            return Err(unsupported(
-                "streamOptimized images are written once, from front to back",
-            ));
-        }
-        (Dialect::Se { .. }, _) => return Err(unsupported("writing to seSparse extents")),
-        (Dialect::Hosted { .. }, Some(header)) => {
-            if header.version == 3 {
-                return Err(unsupported(
-                    "writing to a sparse extent of version 3, whose changes VMware tracks elsewhere",
-                ));
-            }
-            let redundant = match header.rgd {
-                Some(at) => {
-                    let list = read_directory(&*storage, at, header.tables(), storage.len()?)?;
-                    Some((at, list))
-                }
-                None => None,
-            };
-            (header.gd.unwrap_or(0), redundant, header.overhead)
-        }
-        _ => {
-            let header = Cowd::parse(&head(&*storage)?)?;
-            let end = header
-                .gd
-                .saturating_add(header.tables.saturating_mul(4).div_ceil(SECTOR));
-            (header.gd, None, end)
-        }
-    };
-    let tables = Tables::new(
-        storage,
-        sparse.geometry,
-        sparse.dialect,
-        (at, sparse.directory),
-        redundant,
-        overhead,
-        front(header),
-    )?;
-    tables.demand_tables()?;
-    Ok(tables)
-}
-
-/// A run of bytes of one part.
-struct Piece<'a> {
-    index: usize,
-    part: &'a PartMut,
-    /// The first byte, from the start of the part.
-    local: u64,
-    len: u64,
-}
-
-fn pieces<'a>(parts: &'a [PartMut], range: &Range<GuestOffset>) -> Result<Vec<Piece<'a>>> {
-    let (mut at, end) = (range.start.get(), range.end.get());
-    let size = parts.last().map_or(0, |part| part.start.saturating_add(part.len));
-    if end > size || at > end {
-        let text = format!("bytes {at} to {end} are not within the disk of {size} bytes");
-        return Err(Error::new(ErrorKind::Usage, text).format(Format::Vmdk));
-    }
-    let mut found = Vec::new();
-    let first = parts.partition_point(|part| part.start <= at).saturating_sub(1);
-    for (index, part) in parts.iter().enumerate().skip(first) {
-        if at >= end {
-            break;
-        }
-        let stop = end.min(part.start.saturating_add(part.len));
-        if stop <= at {
-            continue;
-        }
-        found.push(Piece {
-            index,
-            part,
-            local: at.saturating_sub(part.start),
-            len: stop.saturating_sub(at),
-        });
-        at = stop;
-    }
-    Ok(found)
-}
-
-fn to_usize(len: u64) -> usize {
-    usize::try_from(len).unwrap_or(usize::MAX)
 }
 
 impl Image {
@@ -349,208 +195,6 @@ impl Image {
     }
 }
 
-/// Bytes of the grains of a part that there are: the last may end with the disk.
-fn grain_len(part: &PartMut, tables: &Tables, start: u64) -> u64 {
-    tables.geometry.grain.min(part.len.saturating_sub(start))
-}
-
-/// Writes some of `buf` at `at`, both within a part: as much as can be done at once. Says how much.
-fn write_grains(part: &PartMut, tables: &Mutex<Tables>, at: u64, buf: &[u8], below: &Chain) -> Result<usize> {
-    let mut held = lock(tables);
-    let grain = held.geometry.grain;
-    let into = at & grain.saturating_sub(1);
-    let start = at.saturating_sub(into);
-    let whole = grain_len(part, &held, start);
-    let (_, kind) = held.kind(start)?;
-    if let Kind::Data(host) = kind {
-        // As far as the grains follow one another.
-        let mut len = grain.saturating_sub(into);
-        while len < buf.len() as u64 && at.saturating_add(len) < part.len {
-            match held.kind(at.saturating_add(len))? {
-                (_, Kind::Data(next))
-                    if host.get().checked_add(into.saturating_add(len)) == Some(next.get()) =>
-                {
-                    len = len.saturating_add(grain);
-                }
-                _ => break,
-            }
-        }
-        let storage = Arc::clone(&held.storage);
-        drop(held);
-        let now = buf.get(..to_usize(len).min(buf.len())).unwrap_or_default();
-        storage.write_at(host.plus(into)?, now)?;
-        return Ok(now.len());
-    }
-    if into == 0 && buf.len() as u64 >= whole {
-        return write_new(part, tables, held, at, buf);
-    }
-    // In part: the rest comes from below. The lock is held, so that two who write one grain do not both make it.
-    let mut bytes = vec![0; to_usize(grain)];
-    if kind == Kind::Absent {
-        let from = bytes.get_mut(..to_usize(whole)).unwrap_or_default();
-        below.read_at(GuestOffset::new(part.start.saturating_add(start)), from)?;
-    }
-    let len = to_usize(whole.saturating_sub(into)).min(buf.len());
-    let first = to_usize(into);
-    if let (Some(to), Some(from)) = (bytes.get_mut(first..first.saturating_add(len)), buf.get(..len)) {
-        to.copy_from_slice(from);
-    }
-    let number = held.take(1)?;
-    held.storage.write_at(sector(number.into()), &bytes)?;
-    held.set(start, number)?;
-    Ok(len)
-}
-
-/// Gives the whole grains at the start of `buf` that have no place one, and writes them.
-fn write_new(
-    part: &PartMut,
-    tables: &Mutex<Tables>,
-    mut held: MutexGuard<'_, Tables>,
-    at: u64,
-    buf: &[u8],
-) -> Result<usize> {
-    let grain = held.geometry.grain;
-    let mut count = 0_u64;
-    let mut len = 0_u64;
-    let mut old = Vec::new();
-    while len < buf.len() as u64 {
-        let next = at.saturating_add(len);
-        let whole = grain_len(part, &held, next);
-        if whole == 0 || (buf.len() as u64).saturating_sub(len) < whole {
-            break;
-        }
-        match held.kind(next)? {
-            (_, Kind::Data(_)) => break,
-            (entry, _) => old.push(entry),
-        }
-        count = count.saturating_add(1);
-        len = len.saturating_add(whole);
-    }
-    let first = held.take(count)?;
-    let step = u32::try_from(grain / SECTOR).unwrap_or(u32::MAX);
-    let mut number = first;
-    for index in 0..count {
-        held.set(at.saturating_add(index.saturating_mul(grain)), number)?;
-        number = number.saturating_add(step);
-    }
-    let storage = Arc::clone(&held.storage);
-    drop(held);
-    let now = buf.get(..to_usize(len)).unwrap_or_default();
-    let host = sector(first.into());
-    let mut done = storage.write_at(host, now);
-    let stored = count.saturating_mul(grain);
-    if done.is_ok() && len < stored {
-        // The last grain of the disk is stored whole.
-        done = storage.zero(host.plus(len)?..host.plus(stored)?, ZeroHow::KeepAllocated);
-    }
-    if let Err(error) = done {
-        let mut held = lock(tables);
-        for (index, entry) in (0..count).zip(old) {
-            held.set(at.saturating_add(index.saturating_mul(grain)), entry)?;
-        }
-        return Err(error);
-    }
-    Ok(now.len())
-}
-
-/// Whether the chain reads as zeros in all of `range`, by its map.
-fn reads_zero(below: &Chain, range: Range<u64>) -> Result<bool> {
-    let mut at = range.start;
-    while at < range.end.min(below.virtual_size()) {
-        let run = below.map(GuestOffset::new(at), range.end.saturating_sub(at))?;
-        match run.state {
-            State::Zero { .. } | State::Absent => at = at.saturating_add(run.len),
-            _ => return Ok(false),
-        }
-    }
-    Ok(true)
-}
-
-/// Makes some bytes from `at` zeros, up to `end`, both within a part: at most a grain. Says how many.
-fn zero_grain(
-    part: &PartMut,
-    tables: &Mutex<Tables>,
-    at: u64,
-    end: u64,
-    how: ZeroHow,
-    below: &Chain,
-) -> Result<u64> {
-    let mut held = lock(tables);
-    let into = at & held.geometry.grain.saturating_sub(1);
-    let start = at.saturating_sub(into);
-    let whole = grain_len(part, &held, start);
-    let len = whole.saturating_sub(into).min(end.saturating_sub(at));
-    match held.kind(start)?.1 {
-        Kind::Data(host) => {
-            let storage = Arc::clone(&held.storage);
-            drop(held);
-            let host = host.plus(into)?;
-            storage.zero(host..host.plus(len)?, how)?;
-        }
-        Kind::Zero => {}
-        _ => {
-            let guest = part.start.saturating_add(start);
-            if reads_zero(below, guest..guest.saturating_add(whole))? {
-                return Ok(len);
-            }
-            if len < whole {
-                drop(held);
-                write_grains(part, tables, at, &vec![0; to_usize(len)], below)?;
-            } else if held.marks_zeros() {
-                held.set(start, 1)?;
-            } else {
-                let number = held.take(1)?;
-                let (host, grain) = (sector(number.into()), held.geometry.grain);
-                held.storage
-                    .zero(host..host.plus(grain)?, ZeroHow::KeepAllocated)?;
-                held.set(start, number)?;
-            }
-        }
-    }
-    Ok(len)
-}
-
-/// Makes bytes of a part zeros.
-fn zero_sparse(
-    part: &PartMut,
-    tables: &Mutex<Tables>,
-    range: Range<u64>,
-    how: ZeroHow,
-    below: &Chain,
-) -> Result<()> {
-    let mut at = range.start;
-    while at < range.end {
-        let (kind, len) = look(tables, at, range.end.saturating_sub(at))?;
-        let guest = part.start.saturating_add(at);
-        let nothing = match kind {
-            Kind::Zero => true,
-            Kind::Absent => reads_zero(below, guest..guest.saturating_add(len))?,
-            _ => false,
-        };
-        at = at.saturating_add(match nothing {
-            true => len,
-            false => zero_grain(part, tables, at, range.end, how, below)?,
-        });
-    }
-    Ok(())
-}
-
-/// Makes all of a part from `at` on zeros, for whoever has the image alone.
-pub(super) fn zero_from(part: &PartMut, at: u64, below: &Chain) -> Result<()> {
-    let BodyMut::Sparse { tables, .. } = &part.body else {
-        return Ok(());
-    };
-    let step = lock(tables).geometry.table_covers().saturating_mul(64).max(1);
-    let mut at = at;
-    while at < part.len {
-        let end = at.saturating_add(step).min(part.len);
-        zero_sparse(part, tables, at..end, ZeroHow::MayUnmap, below)?;
-        lock(tables).write_back()?;
-        at = end;
-    }
-    Ok(())
-}
-
 impl Layer for Image {
     fn facts(&self) -> &Facts {
         &self.facts
@@ -615,55 +259,6 @@ impl Layer for Image {
     fn content_id(&self) -> Option<u32> {
         Some(self.text().descriptor.cid)
     }
-}
-
-fn look(tables: &Mutex<Tables>, at: u64, max: u64) -> Result<(Kind, u64)> {
-    let mut held = lock(tables);
-    let (geometry, dialect) = (held.geometry, held.dialect);
-    let kind = |entry: &[u8]| dialect.kind(entry);
-    scan(&geometry, at, max, &mut |index| held.bytes(index), &kind)
-}
-
-fn read_piece(piece: &Piece<'_>, buf: &mut [u8]) -> Result<()> {
-    match &piece.part.body {
-        BodyMut::Zero => buf.fill(0),
-        _ if piece.part.access == Access::None => return Err(no_access(piece.index)),
-        BodyMut::Flat { storage, at, .. } => storage.read_at(at.plus(piece.local)?, buf)?,
-        BodyMut::Sparse { tables, .. } => {
-            let mut at = piece.local;
-            let mut rest = buf;
-            while !rest.is_empty() {
-                let (kind, len) = look(tables, at, rest.len() as u64)?;
-                let (now, later) = rest.split_at_mut(to_usize(len).min(rest.len()));
-                match kind {
-                    Kind::Zero => now.fill(0),
-                    Kind::Data(host) => {
-                        let storage = Arc::clone(&lock(tables).storage);
-                        storage.read_at(host, now).map_err(|error| error.host(host))?;
-                    }
-                    _ => {
-                        return Err(Error::new(
-                            ErrorKind::Usage,
-                            "these bytes are the backing image's",
-                        ));
-                    }
-                }
-                at = at.saturating_add(len);
-                rest = later;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn demand_writable(piece: &Piece<'_>) -> Result<()> {
-    let index = piece.index;
-    let text = match piece.part.access {
-        Access::ReadWrite => return Ok(()),
-        Access::None => return Err(no_access(index)),
-        Access::ReadOnly => format!("extent {index} is marked RDONLY: it may only be read"),
-    };
-    Err(Error::new(ErrorKind::Denied, text).format(Format::Vmdk))
 }
 
 impl LayerMut for Image {
@@ -837,21 +432,5 @@ impl LayerMut for Image {
             write_back(part)?;
         }
         Ok(())
-    }
-}
-
-fn write_back(part: &PartMut) -> Result<()> {
-    match &part.body {
-        BodyMut::Flat { storage, .. } => storage.sync(),
-        BodyMut::Sparse { tables, .. } => lock(tables).write_back(),
-        BodyMut::Zero => Ok(()),
-    }
-}
-
-/// The tables of a part, for whoever has the image alone.
-pub(super) fn tables_of(part: &PartMut) -> Option<MutexGuard<'_, Tables>> {
-    match &part.body {
-        BodyMut::Sparse { tables, .. } => Some(lock(tables)),
-        _ => None,
     }
 }
