@@ -93,6 +93,8 @@ pub struct OpenSpec {
     pub snapshot: Option<String>,
     /// Of that snapshot open the machine state, as a disk of its length, instead of the disk.
     pub machine_state: bool,
+    /// Open the disk of that snapshot at the size the image has now, cut or filled up, instead of the size it had.
+    pub present_size: bool,
     /// Run-time options of the format (raw's `offset` and `size`), checked by the driver.
     pub options: Options,
     /// Pass discards on to the files.

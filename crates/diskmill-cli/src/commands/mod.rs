@@ -330,6 +330,7 @@ impl Source<'_> {
         request.policy = native.policy(ui);
         request.parents.clone_from(&native.parent);
         request.snapshot = self.snapshot.clone();
+        request.present_size = ui.drop_in();
         request.packages = !ui.drop_in();
         request.disk = self.disk.clone();
         Ok(request)

@@ -56,7 +56,11 @@ impl Run for SnapshotArgs {
         let actions = [
             self.create.map(Action::Create),
             self.apply.map(Action::Apply),
-            self.delete.map(Action::Delete),
+            // qemu-img looks a snapshot up by id to apply it, and by name only to delete it.
+            self.delete.map(match ui.drop_in() {
+                true => Action::DeleteNamed,
+                false => Action::Delete,
+            }),
         ];
         let mut actions = actions.into_iter().flatten();
         let action = actions.next();
@@ -131,7 +135,7 @@ fn failed(ui: &Ui, name: &OsStr, action: &Action, error: Error) -> Failure {
             which,
             "Failed to load snapshot: No such file or directory",
         ),
-        Action::Delete(which) => ("delete", which, "snapshot not found"),
+        Action::Delete(which) | Action::DeleteNamed(which) => ("delete", which, "snapshot not found"),
         _ => ("change", &String::new(), ""),
     };
     let what = format!("Could not {verb} snapshot '{which}'");

@@ -2,7 +2,7 @@
 
 use diskmill_testkit::{Scratch, oracle};
 
-use crate::tools::{ours, theirs};
+use crate::tools::{native, ours, theirs};
 
 const KINDS: [&str; 8] = [
     "compat=1.1",
@@ -116,6 +116,73 @@ fn snapshot__of_another_size_brings_its_size_back() {
     both_snapshot(&scratch, "-a small");
     both_snapshot(&scratch, "-a large");
     both_snapshot(&scratch, "-d small");
+}
+
+#[test]
+fn snapshot__read_at_the_size_of_now() {
+    let scratch = Scratch::new();
+    scratch.file("base.raw", &[7; 4 << 20]);
+    for options in ["cluster_size=512", "cluster_size=64k -b base.raw -F raw"] {
+        theirs(&scratch)
+            .words(&format!("create -q -f qcow2 -o {options} image.qcow2 1M"))
+            .ok();
+        oracle::io(scratch.join("image.qcow2"), "qcow2", ["write -P 9 0 1000k"]);
+        theirs(&scratch).words("snapshot -c one image.qcow2").ok();
+        for size in ["300k", "3M"] {
+            theirs(&scratch)
+                .words(&format!("resize -q --shrink image.qcow2 {size}"))
+                .ok();
+            crate::tools::same(&scratch, "measure -O qcow2 -l one image.qcow2");
+            let flat = [ours(&scratch), theirs(&scratch), native(&scratch)].map(|run| {
+                run.words("convert -l one -O raw image.qcow2 flat.raw").ok();
+                std::fs::read(scratch.join("flat.raw")).unwrap()
+            });
+            assert!(flat[0] == flat[1], "{options} {size}");
+            // Under our own name a snapshot keeps its size, and so loses nothing.
+            assert_eq!(flat[2].len(), 1 << 20);
+            assert!(
+                flat[2][..1000 << 10].iter().all(|byte| *byte == 9),
+                "{options} {size}"
+            );
+        }
+    }
+}
+
+#[test]
+fn snapshot__deleted_by_name_where_names_are_ids() {
+    let scratch = Scratch::new();
+    for (run, image) in [(ours(&scratch), "ours.qcow2"), (theirs(&scratch), "theirs.qcow2")] {
+        theirs(&scratch)
+            .words(&format!("create -q -f qcow2 {image} 1M"))
+            .ok();
+        for name in ["2", "1", "1", "third"] {
+            theirs(&scratch)
+                .words(&format!("snapshot -c {name} {image}"))
+                .ok();
+        }
+        let left = |words: &str, code: i32| -> String {
+            run.clone()
+                .words(&format!("snapshot {words} {image}"))
+                .finish()
+                .expect(code);
+            let info = theirs(&scratch)
+                .words(&format!("info --output=json {image}"))
+                .ok()
+                .json();
+            let all = info["snapshots"].as_array().unwrap().clone();
+            let ids = all
+                .iter()
+                .map(|snapshot| snapshot["id"].as_str().unwrap().to_owned());
+            ids.collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(left("-d 4", 1), "1 2 3 4", "{image}");
+        assert_eq!(left("-a 4", 0), "1 2 3 4", "{image}");
+        assert_eq!(left("-d 1", 0), "1 3 4", "{image}");
+        assert_eq!(left("-d 1", 0), "1 4", "{image}");
+        assert_eq!(left("-d third", 0), "1", "{image}");
+    }
+    native(&scratch).words("snapshot -d 1 ours.qcow2").ok();
+    assert_eq!(native(&scratch).words("snapshot -l ours.qcow2").ok().out(), "");
 }
 
 #[test]

@@ -92,7 +92,6 @@ pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &Open
                 true => (disk, found.facts.vm_state_size),
                 false => (0, found.checked_size()?),
             };
-            facts.virtual_size = size;
             let needed = first.saturating_add(geometry.l1_entries(size));
             snapshot::check_l1(geometry, found.l1_table_offset, found.l1_size, needed)?;
             within(
@@ -102,6 +101,10 @@ pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &Open
                 main_len,
             )?;
             let first_at = found.l1_table_offset.saturating_add(first.saturating_mul(8));
+            // Entries that are missing at the size of now are absent: the snapshot's table may go on with machine state.
+            if how.machine_state || !how.present_size {
+                facts.virtual_size = size;
+            }
             read_l1(main.as_ref(), first_at, needed.saturating_sub(first))?
         }
     };

@@ -50,6 +50,8 @@ pub struct OpenRequest {
     pub snapshot: Option<String>,
     /// Of that snapshot open the machine state, as a disk of its length, instead of the disk.
     pub machine_state: bool,
+    /// Open the disk of that snapshot at the size the image has now, cut or filled up, instead of the size it had.
+    pub present_size: bool,
     /// Where to look first for a parent that an image knows by its identity only.
     pub parents: Vec<PathBuf>,
     /// Open the images it is backed by. Without them, absent bytes read as zeros.
@@ -87,6 +89,7 @@ impl OpenRequest {
             limits: Limits::default(),
             snapshot: None,
             machine_state: false,
+            present_size: false,
             parents: Vec::new(),
             backing: true,
             unmap: false,

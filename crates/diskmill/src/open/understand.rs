@@ -124,6 +124,7 @@ impl Understood {
         if let Place::Top(_) = place {
             how.snapshot.clone_from(&request.snapshot);
             how.machine_state = request.machine_state;
+            how.present_size = request.present_size;
         }
         let main: Arc<dyn Storage> = match &inner {
             Some(inner) => Arc::clone(&inner.storage),

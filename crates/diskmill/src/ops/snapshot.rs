@@ -16,6 +16,8 @@ pub enum Action {
     Apply(String),
     /// Give up this snapshot, by id or else by name.
     Delete(String),
+    /// Give up the first snapshot with this name; ids are not looked at.
+    DeleteNamed(String),
 }
 
 /// The snapshots of an image, oldest first. Its backing image is not opened.
@@ -46,6 +48,17 @@ pub fn change(request: &OpenRequest, action: &Action, warn: &mut dyn FnMut(&Open
         }
         Action::Apply(which) => snapshots.apply(which),
         Action::Delete(which) => snapshots.delete(which),
+        Action::DeleteNamed(name) => {
+            let all = snapshots.list();
+            let named = all.iter().find(|snapshot| snapshot.name == *name);
+            let missing = || {
+                Error::new(
+                    ErrorKind::NotFound,
+                    format!("there is no snapshot with name '{name}'"),
+                )
+            };
+            snapshots.delete(&named.ok_or_else(missing)?.id)
+        }
     });
     done.map_err(|error| error.op("change snapshots").path(request.spec.path()))
 }

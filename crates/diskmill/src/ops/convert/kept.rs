@@ -91,6 +91,7 @@ impl Kept {
     fn state(&self, of: &SnapshotFacts) -> Result<Image> {
         let mut request = self.request.clone();
         request.snapshot = Some(of.id.clone());
+        request.present_size = false;
         open::image(&request)
     }
 
