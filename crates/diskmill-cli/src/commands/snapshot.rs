@@ -54,7 +54,7 @@ impl Run for SnapshotArgs {
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
         let json = self.how.wants_json()?;
         let actions = [
-            self.create.map(Action::Create),
+            self.create.map(|name| Action::Create(fitting(ui, name))),
             self.apply.map(Action::Apply),
             // qemu-img looks a snapshot up by id to apply it, and by name only to delete it.
             self.delete.map(match ui.drop_in() {
@@ -70,10 +70,17 @@ impl Run for SnapshotArgs {
         let [name] = self.names.as_slice() else {
             return Err(Failure::usage_help("Expecting one image file name"));
         };
+        if let (true, Some(_)) = (self.force_share, &action) {
+            let text = format!(
+                "Could not open '{}': force-share=on can only be used with read-only images",
+                name.display()
+            );
+            return Err(Failure::refused(text));
+        }
         let source = Source {
             format: self.format.as_deref(),
             image_opts: self.image_opts,
-            share: self.force_share && action.is_none(),
+            share: self.force_share,
             ..Source::default()
         };
         let request = source.request(name, &self.how.native, ui)?;
@@ -100,6 +107,16 @@ impl Run for SnapshotArgs {
         }
         Ok(Exit::OK)
     }
+}
+
+/// `qemu-img` cuts the names of snapshots that are longer than the format has room for; we refuse them.
+fn fitting(ui: &Ui, mut name: String) -> String {
+    const MAX: usize = 255;
+    if ui.drop_in() && name.len() > MAX {
+        let whole = (0..=MAX).rev().find(|end| name.is_char_boundary(*end));
+        name.truncate(whole.unwrap_or(0));
+    }
+    name
 }
 
 /// `qemu-img` applies no snapshot to an image with dirty bitmaps. We do, and mark all of the disk in those that are

@@ -186,6 +186,55 @@ fn snapshot__deleted_by_name_where_names_are_ids() {
 }
 
 #[test]
+fn snapshot__names_that_are_empty_or_too_long() {
+    let scratch = Scratch::new();
+    let long = "é".repeat(200);
+    for (run, image) in [(ours(&scratch), "ours.qcow2"), (theirs(&scratch), "theirs.qcow2")] {
+        theirs(&scratch)
+            .words(&format!("create -q -f qcow2 {image} 1M"))
+            .ok();
+        for name in ["", &long] {
+            run.clone()
+                .args(["snapshot", "-c", name, image])
+                .finish()
+                .expect(0);
+        }
+        run.words(&format!("snapshot -U -c shared {image}"))
+            .finish()
+            .expect(1);
+    }
+    oracle::assert_clean(scratch.join("ours.qcow2"), "qcow2");
+    let names = |image: &str| {
+        let info = native(&scratch)
+            .words(&format!("info --output=json {image}"))
+            .ok()
+            .json();
+        let all = info["snapshots"].as_array().unwrap().clone();
+        all.iter()
+            .map(|snapshot| snapshot["name"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    // The real tool cuts in the middle of a letter.
+    assert_eq!(names("ours.qcow2"), ["".to_owned(), "é".repeat(127)]);
+    assert_eq!(
+        names("theirs.qcow2"),
+        ["".to_owned(), "é".repeat(127) + "\u{fffd}"]
+    );
+    native(&scratch)
+        .words("convert --keep-snapshots -O qcow2 ours.qcow2 kept.qcow2")
+        .ok();
+    assert_eq!(names("kept.qcow2"), names("ours.qcow2"));
+    let refused = native(&scratch)
+        .args(["snapshot", "-c", &long, "ours.qcow2"])
+        .finish()
+        .expect(1);
+    assert!(
+        refused.err().contains("400 bytes, must have at most 255"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn snapshot__listed_as_the_real_tool_lists_them() {
     let scratch = Scratch::new();
     pair(&scratch, "compat=1.1");

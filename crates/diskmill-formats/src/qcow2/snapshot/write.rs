@@ -30,7 +30,7 @@ const NAME_MAX: usize = 255;
 pub(crate) enum SnapshotWriteError {
     #[error("internal snapshots are not supported with an external data file")]
     DataFile,
-    #[error("the name of the snapshot has {0} bytes, must have 1 to 255")]
+    #[error("the name of the snapshot has {0} bytes, must have at most 255")]
     Name(usize),
     #[error("there are {0} snapshots, must be at most 65536")]
     TooMany(usize),
@@ -303,7 +303,7 @@ impl Snapshots for Image {
         if self.geometry.data_file() {
             return Err(refuse(SnapshotWriteError::DataFile));
         }
-        if !(1..=NAME_MAX).contains(&new.name.len()) {
+        if new.name.len() > NAME_MAX {
             return Err(refuse(SnapshotWriteError::Name(new.name.len())));
         }
         let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
