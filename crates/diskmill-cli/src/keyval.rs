@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use diskmill_core::{Driver, Format, OptionKind, Options, parse_size};
+use diskmill_core::{Driver, Format, OptionKind, Options, WhichSnapshot, parse_size};
 use diskmill_storage::CacheMode;
 
 use crate::error::Failure;
@@ -165,9 +165,9 @@ pub fn cache_mode(what: &str, mode: &str) -> Result<CacheMode, Failure> {
 }
 
 /// The snapshot `-l` means: a name or id alone, or `snapshot.name=` and `snapshot.id=`.
-pub fn snapshot(text: &str) -> Result<String, Failure> {
+pub fn snapshot(text: &str) -> Result<WhichSnapshot, Failure> {
     if !text.starts_with("snapshot.") {
-        return Ok(text.to_owned());
+        return Ok(text.into());
     }
     let mut options = Options::parse(text);
     let id = options.take("snapshot.id");
@@ -177,8 +177,12 @@ pub fn snapshot(text: &str) -> Result<String, Failure> {
             "Invalid parameter '{unknown}'\nqemu-img: Failed in parsing snapshot param '{text}'"
         )));
     }
-    id.or(name)
-        .ok_or_else(|| Failure::usage(format!("Failed in parsing snapshot param '{text}'")))
+    match (&id, &name) {
+        (None, None) => Err(Failure::usage(format!(
+            "Failed in parsing snapshot param '{text}'"
+        ))),
+        _ => Ok(WhichSnapshot::Exact { id, name }),
+    }
 }
 
 #[cfg(test)]
@@ -218,9 +222,10 @@ mod tests {
 
     #[test]
     fn snapshots_are_named_or_numbered() {
-        assert_eq!(snapshot("one").unwrap(), "one");
-        assert_eq!(snapshot("snapshot.name=one").unwrap(), "one");
-        assert_eq!(snapshot("snapshot.id=1,snapshot.name=one").unwrap(), "1");
+        let said = |text: &str| snapshot(text).unwrap().to_string();
+        assert_eq!(said("one"), "id or name 'one'");
+        assert_eq!(said("snapshot.name=one"), "name 'one'");
+        assert_eq!(said("snapshot.id=1,snapshot.name=one"), "id '1' and name 'one'");
         assert!(snapshot("snapshot.bogus=1").is_err());
     }
 }

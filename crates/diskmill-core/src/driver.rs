@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::{
     BackingName, BitmapFacts, Builder, CheckReport, CompactReport, CompactSpec, Error, ErrorKind, Facts,
     FileIndex, Format, GuestOffset, Job, Layer, LayerMut, Limits, OptionSpec, Options, Repair, Result,
-    Storage, StorageMut,
+    Storage, StorageMut, WhichSnapshot,
 };
 
 /// How sure a driver is that bytes are its format.
@@ -89,8 +89,8 @@ pub type FilesMut = Vec<(Role, Arc<dyn StorageMut>)>;
 pub struct OpenSpec {
     /// Caps on what it may ask for.
     pub limits: Limits,
-    /// Open this internal snapshot instead of the active state, by id or name.
-    pub snapshot: Option<String>,
+    /// Open this internal snapshot instead of the active state.
+    pub snapshot: Option<WhichSnapshot>,
     /// Of that snapshot open the machine state, as a disk of its length, instead of the disk.
     pub machine_state: bool,
     /// Open the disk of that snapshot at the size the image has now, cut or filled up, instead of the size it had.

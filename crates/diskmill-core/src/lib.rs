@@ -44,6 +44,6 @@ pub use limits::Limits;
 pub use options::{OptionError, OptionKind, OptionSpec, Options, parse_size};
 pub use progress::{Job, Observer, Silent};
 pub use report::{CheckReport, Finding, FindingKind, Repair};
-pub use snapshots::{NewSnapshot, Snapshots};
+pub use snapshots::{NewSnapshot, Snapshots, WhichSnapshot};
 pub use storage::{ForwardSource, Hints, HostRun, RawFile, Storage, StorageMut, ZeroHow};
 pub use units::{Format, GuestOffset, HostOffset, SECTOR};

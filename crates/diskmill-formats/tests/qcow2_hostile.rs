@@ -136,10 +136,10 @@ fn a_snapshot_opens_by_id_or_name_and_only_where_it_can_be() {
         .ok();
     let mut how = OpenSpec::default();
     for which in ["one", "1"] {
-        how.snapshot = Some(which.to_owned());
+        how.snapshot = Some(which.into());
         layer(&victim.path, "qcow2", &how).unwrap();
     }
-    how.snapshot = Some("two".to_owned());
+    how.snapshot = Some("two".into());
     let error = layer(&victim.path, "qcow2", &how).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(
@@ -148,7 +148,7 @@ fn a_snapshot_opens_by_id_or_name_and_only_where_it_can_be() {
     );
 
     // The first entry of the table says where its L1 table is, and how large.
-    how.snapshot = Some("one".to_owned());
+    how.snapshot = Some("one".into());
     let bytes = std::fs::read(&victim.path).unwrap();
     let table = u64::from_be_bytes(*bytes[64..].first_chunk().unwrap());
     let size_at = table + 40 + 8;

@@ -88,7 +88,7 @@ fn a_file_that_is_cut_while_open_is_noticed() {
 fn what_raw_has_not_is_refused_by_name() {
     let memory: Arc<dyn Storage> = Arc::new(Memory::from(vec![7; 4096]));
     let mut how = OpenSpec::default();
-    how.snapshot = Some("one".to_owned());
+    how.snapshot = Some("one".into());
     let parsed = raw::DRIVER.parse(Arc::clone(&memory), &how).unwrap();
     let error = parsed
         .attach(vec![(Role::Main, Arc::clone(&memory))], &how)

@@ -10,7 +10,7 @@ use diskmill::ops::convert::{
 };
 use diskmill::ops::create::CreateError;
 use diskmill::spec::ImageSpec;
-use diskmill_core::{Compression, Durability, ErrorKind, OptionError, Options};
+use diskmill_core::{Compression, Durability, ErrorKind, OptionError, Options, WhichSnapshot};
 use diskmill_storage::CacheMode;
 
 use super::package::{self, Making};
@@ -153,7 +153,7 @@ struct Settings {
     sparse: u64,
     workers: Option<NonZeroUsize>,
     rate: Option<NonZeroU64>,
-    snapshot: Option<String>,
+    snapshot: Option<WhichSnapshot>,
     style: Style,
     json: bool,
 }
@@ -425,7 +425,7 @@ impl ConvertArgs {
         Ok(plan)
     }
 
-    fn source(&self, snapshot: Option<String>) -> Source<'_> {
+    fn source(&self, snapshot: Option<WhichSnapshot>) -> Source<'_> {
         Source {
             format: self.source_format.as_deref(),
             image_opts: self.source_image_opts,
@@ -436,7 +436,7 @@ impl ConvertArgs {
         }
     }
 
-    fn input(&self, ui: &Ui, name: &OsString, snapshot: Option<String>) -> Result<Input, Failure> {
+    fn input(&self, ui: &Ui, name: &OsString, snapshot: Option<WhichSnapshot>) -> Result<Input, Failure> {
         if !ui.drop_in() && name == "-" {
             return match self.source_format.as_deref() {
                 None | Some("raw") => Ok(Input::Stdin),

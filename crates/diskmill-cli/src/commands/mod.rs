@@ -9,7 +9,7 @@ use clap::{Arg, ArgMatches, Args, Command};
 use diskmill::open::OpenRequest;
 use diskmill::policy::References;
 use diskmill::spec::ImageSpec;
-use diskmill_core::Options;
+use diskmill_core::{Options, WhichSnapshot};
 use diskmill_formats::registry;
 
 use crate::error::Failure;
@@ -312,7 +312,7 @@ pub struct Source<'a> {
     /// `-T`.
     pub cache: Option<&'a str>,
     /// `-l`.
-    pub snapshot: Option<String>,
+    pub snapshot: Option<WhichSnapshot>,
     /// `--disk`.
     pub disk: Option<String>,
 }

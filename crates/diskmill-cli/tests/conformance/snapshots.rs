@@ -186,6 +186,42 @@ fn snapshot__deleted_by_name_where_names_are_ids() {
 }
 
 #[test]
+fn snapshot__meant_by_id_and_name() {
+    let scratch = Scratch::new();
+    theirs(&scratch).words("create -q -f qcow2 image.qcow2 1M").ok();
+    for (pattern, name) in [(1, "2"), (2, "1"), (3, "2")] {
+        oracle::io(
+            scratch.join("image.qcow2"),
+            "qcow2",
+            [&*format!("write -P {pattern} 0 64k")],
+        );
+        theirs(&scratch)
+            .words(&format!("snapshot -c {name} image.qcow2"))
+            .ok();
+    }
+    for which in [
+        "2",
+        "3",
+        "4",
+        "snapshot.id=2",
+        "snapshot.name=2",
+        "snapshot.name=3",
+        "snapshot.id=3,snapshot.name=2",
+        "snapshot.id=3,snapshot.name=1",
+        "snapshot.id=",
+    ] {
+        let flat = [(ours(&scratch), "ours.raw"), (theirs(&scratch), "theirs.raw")].map(|(run, flat)| {
+            let done = run
+                .words(&format!("convert -l {which} -O raw image.qcow2 {flat}"))
+                .finish();
+            (done.code, std::fs::read(scratch.join(flat)).ok())
+        });
+        assert!(flat[0] == flat[1], "{which}: {:?}, {:?}", flat[0].0, flat[1].0);
+        let _ = ["ours.raw", "theirs.raw"].map(|flat| std::fs::remove_file(scratch.join(flat)));
+    }
+}
+
+#[test]
 fn snapshot__names_that_are_empty_or_too_long() {
     let scratch = Scratch::new();
     let long = "é".repeat(200);

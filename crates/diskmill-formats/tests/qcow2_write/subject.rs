@@ -28,7 +28,7 @@ pub fn attach(files: &[Vec<u8>], snapshot: Option<&str>) -> Result<Arc<dyn Layer
         .map(|bytes| Arc::new(Memory::from(bytes.as_slice())) as Arc<dyn Storage>)
         .collect();
     let mut how = images::how();
-    how.snapshot = snapshot.map(str::to_owned);
+    how.snapshot = snapshot.map(Into::into);
     let driver = registry::by_name("qcow2").expect("a driver");
     let parsed = driver.parse(Arc::clone(&disks[0]), &how)?;
     parsed.attach(images::ROLES.into_iter().zip(disks).collect(), &how)

@@ -14,7 +14,9 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diskmill_core::{Access, Chain, Error, Facts, Format, LayerMut, Limits, Result, StorageMut};
+use diskmill_core::{
+    Access, Chain, Error, Facts, Format, LayerMut, Limits, Result, StorageMut, WhichSnapshot,
+};
 use diskmill_storage::{CacheMode, File, FileId};
 
 pub use merge::{Base, ChainMut, base_from_here, chain_mut};
@@ -46,8 +48,8 @@ pub struct OpenRequest {
     pub policy: References,
     /// Caps on what it may ask for.
     pub limits: Limits,
-    /// Open this internal snapshot instead of the active state, by id or name.
-    pub snapshot: Option<String>,
+    /// Open this internal snapshot instead of the active state.
+    pub snapshot: Option<WhichSnapshot>,
     /// Of that snapshot open the machine state, as a disk of its length, instead of the disk.
     pub machine_state: bool,
     /// Open the disk of that snapshot at the size the image has now, cut or filled up, instead of the size it had.

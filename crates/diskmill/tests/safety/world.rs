@@ -108,7 +108,7 @@ impl World {
     pub fn look(&self) -> Result<Picture> {
         let read = |snapshot: Option<String>| -> Result<(Vec<u8>, open::Image)> {
             let mut request = self.request("image");
-            request.snapshot = snapshot;
+            request.snapshot = snapshot.map(Into::into);
             let image = open::image(&request)?;
             let mut bytes = vec![0; usize::try_from(image.chain.virtual_size()).expect("a small disk")];
             image.chain.read_at(GuestOffset::ZERO, &mut bytes)?;

@@ -4,7 +4,9 @@
 
 pub(super) mod write;
 
-use diskmill_core::{Error, ErrorKind, Format, HostOffset, Limits, Result, SECTOR, SnapshotFacts, Storage};
+use diskmill_core::{
+    Error, ErrorKind, Format, HostOffset, Limits, Result, SECTOR, SnapshotFacts, Storage, WhichSnapshot,
+};
 use zerocopy::{FromBytes, IntoBytes, big_endian};
 
 use super::header::{Header, Version};
@@ -77,8 +79,8 @@ pub enum SnapshotError {
         size: u64,
     },
     /// There is no such snapshot.
-    #[error("there is no snapshot with id or name '{0}'")]
-    NotFound(String),
+    #[error("there is no snapshot with {0}")]
+    NotFound(WhichSnapshot),
     /// More extra data than is allowed.
     #[error("snapshot {index} has {len} bytes of extra data, must be {low} to 1024")]
     Extra {
@@ -214,14 +216,14 @@ fn read_entry(
     }))
 }
 
-/// The one of `snapshots` with id `which`, or else with that name.
-pub fn find<'a>(snapshots: &'a [Snapshot], which: &str) -> Result<(usize, &'a Snapshot)> {
-    let position = |same: &dyn Fn(&Snapshot) -> bool| snapshots.iter().position(same);
-    position(&|snapshot| snapshot.id == which.as_bytes())
-        .or_else(|| position(&|snapshot| snapshot.name == which.as_bytes()))
+/// The one of `snapshots` that `which` means.
+pub fn find<'a>(snapshots: &'a [Snapshot], which: &WhichSnapshot) -> Result<(usize, &'a Snapshot)> {
+    let all = snapshots.iter().map(|snapshot| (&*snapshot.id, &*snapshot.name));
+    which
+        .find(all)
         .and_then(|index| Some((index, snapshots.get(index)?)))
         .ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, SnapshotError::NotFound(which.to_owned())).format(Format::Qcow2)
+            Error::new(ErrorKind::NotFound, SnapshotError::NotFound(which.clone())).format(Format::Qcow2)
         })
 }
 

@@ -228,7 +228,7 @@ impl Image {
         bitmaps: &mut Store,
         which: &str,
     ) -> Result<()> {
-        let (_, snapshot) = find(&table.entries, which)?;
+        let (_, snapshot) = find(&table.entries, &which.into())?;
         let disk_size = snapshot.checked_size()?;
         let old_size = self.size.load(Ordering::Acquire);
         let resizes = disk_size != old_size && !bitmaps.is_empty();
@@ -256,7 +256,7 @@ impl Image {
     }
 
     fn delete_snapshot(&self, tables: &mut Tables, table: &mut SnapshotTable, which: &str) -> Result<()> {
-        let (index, snapshot) = find(&table.entries, which)?;
+        let (index, snapshot) = find(&table.entries, &which.into())?;
         let (at, l1_size) = (snapshot.l1_table_offset, snapshot.l1_size);
         let l1 = tables.read_l1(at, l1_size, 0)?;
         tables.flush()?;

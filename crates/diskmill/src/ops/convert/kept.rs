@@ -90,7 +90,7 @@ impl Kept {
 
     fn state(&self, of: &SnapshotFacts) -> Result<Image> {
         let mut request = self.request.clone();
-        request.snapshot = Some(of.id.clone());
+        request.snapshot = Some(of.id.clone().into());
         request.present_size = false;
         open::image(&request)
     }
@@ -143,7 +143,7 @@ impl Kept {
             .snapshots()
             .ok_or_else(|| ConvertError::KeepsNone.unsupported())?;
         let mut request = self.request.clone();
-        request.snapshot = Some(snapshot.id.clone());
+        request.snapshot = Some(snapshot.id.clone().into());
         request.machine_state = true;
         // It lies behind the disk, where nothing shows through.
         request.backing = false;
