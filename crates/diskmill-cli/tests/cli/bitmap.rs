@@ -230,6 +230,32 @@ fn snapshots_are_not_applied_over_bitmaps_under_the_name_qemu_img() {
 }
 
 #[test]
+fn bitmaps_of_an_overlay_need_no_backing_image() {
+    let twins = Twins::new();
+    for dir in [&twins.ours, &twins.theirs] {
+        for image in ["lost.qcow2", "other.qcow2"] {
+            theirs(dir.path())
+                .words(&format!("create -q -f qcow2 -u -b gone -F raw {image} 1M"))
+                .ok();
+        }
+    }
+    twins.same_lines(
+        "
+        bitmap --add lost.qcow2 b
+        bitmap --add other.qcow2 b
+        bitmap --merge b -b other.qcow2 -F qcow2 lost.qcow2 b
+        bitmap --disable --add lost.qcow2 b
+        bitmap --clear --disable lost.qcow2 b
+        ",
+    );
+    assert_eq!(
+        listed(&twins.ours, "lost.qcow2"),
+        listed(&twins.theirs, "lost.qcow2")
+    );
+    twins.same_line("bitmap --remove lost.qcow2 b");
+}
+
+#[test]
 fn what_is_dirty_is_listed() {
     let twins = Twins::new();
     let dir = &twins.ours;

@@ -105,12 +105,12 @@ pub enum BitmapFailure {
 /// Changes a dirty bitmap. Warnings of opening the image go to `warn` before anything is changed. Each action is durable
 /// before the next; what fails is a [`BitmapFailure`].
 pub fn change(request: &BitmapRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Result<Vec<BitmapFacts>> {
-    let image = open::image_mut(&request.open)?;
+    let image = open::image_mut(&alone(&request.open))?;
     for warning in &image.warnings {
         warn(warning);
     }
     let source = match &request.source {
-        Some(source) => Some(open::image(source).map_err(|error| {
+        Some(source) => Some(open::image(&alone(source)).map_err(|error| {
             let kind = error.kind();
             Error::new(kind, BitmapFailure::Source(error))
         })?),
@@ -129,6 +129,13 @@ pub fn change(request: &BitmapRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Re
     }
     image.top.flush()?;
     Ok(image.top.bitmaps().map(Bitmaps::list).unwrap_or_default())
+}
+
+/// Bitmaps are in the image itself: whether what it is backed by can be had is nothing to them.
+fn alone(request: &OpenRequest) -> OpenRequest {
+    let mut request = request.clone();
+    request.backing = false;
+    request
 }
 
 fn act(image: &ImageMut, source: Option<&Image>, request: &BitmapRequest, action: &Action) -> Result<()> {
