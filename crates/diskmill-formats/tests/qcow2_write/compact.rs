@@ -14,7 +14,7 @@ use diskmill_testkit::model::pattern;
 use diskmill_testkit::oracle;
 use diskmill_testkit::sparse_random::mix;
 
-use super::images::{self, Disks, Image, KINDS, Kind, ROLES, how};
+use super::images::{self, Disks, Image, KINDS, Kind, ROLES, Setup, how};
 use super::model::{seed, soak};
 use super::subject;
 
@@ -350,16 +350,56 @@ fn cancelling_leaves_the_image_sound() {
 }
 
 #[test]
-fn an_image_that_contradicts_itself_is_left_alone() {
-    let image = worn(&images::named("cluster 4k"));
-    let disks = images::memory(&image.files);
-    // The refcount of the header, in the first refcount block.
+fn holes_in_a_cluster_that_a_snapshot_shares_are_made_once() {
+    let kind = Kind {
+        options: "extended_l2=on,cluster_size=128k",
+        size: 1 << 20,
+        setup: Setup::Empty,
+        ..images::named("subclusters")
+    };
+    let mut image = kind.make();
+    let path = image.dump(&image.files);
+    oracle::io(&path, "qcow2", ["write -P 3 0 128k", "write -P 0 32k 32k"]);
+    oracle::qemu_img().args(["snapshot", "-c", "one"]).arg(&path).ok();
+    // Another table for the active state, which refers to the same cluster.
+    oracle::io(&path, "qcow2", ["write -P 4 512k 4k"]);
+    image.files = vec![std::fs::read(&path).expect("read")];
+    image.start = look(&image, &image.files).disk;
+    thorough(&image, false);
+    let report = compact(&images::memory(&image.files), false).expect("compact");
+    assert_eq!(report.punched, 32 << 10, "{report:?}");
+}
+
+/// Where the first refcount block is.
+fn first_block(disks: &Disks) -> HostOffset {
     let mut place = [0; 8];
     disks[0].read_at(HostOffset::new(48), &mut place).expect("read");
     let table = HostOffset::new(u64::from_be_bytes(place));
     disks[0].read_at(table, &mut place).expect("read");
-    let block = HostOffset::new(u64::from_be_bytes(place));
-    disks[0].write_at(block, &[0, 0]).expect("write");
+    HostOffset::new(u64::from_be_bytes(place))
+}
+
+#[test]
+fn refcounts_that_the_last_writer_put_off_are_made_good_first() {
+    let mut image = worn(&images::named("cluster 4k"));
+    let disks = images::memory(&image.files);
+    // As after a crash with lazy refcounts: the dirty bit, and clusters in use that nobody has counted.
+    disks[0]
+        .write_at(HostOffset::new(72), &1_u64.to_be_bytes())
+        .expect("write");
+    let counts = first_block(&disks).plus(2 * 12).expect("a place");
+    disks[0].write_at(counts, &[0; 16]).expect("write");
+    image.files = images::bytes(&disks);
+    assert!(images::check(&image.files).expect("check").corruptions > 0);
+    thorough(&image, false);
+}
+
+#[test]
+fn an_image_that_contradicts_itself_is_left_alone() {
+    let image = worn(&images::named("cluster 4k"));
+    let disks = images::memory(&image.files);
+    // The refcount of the header.
+    disks[0].write_at(first_block(&disks), &[0, 0]).expect("write");
     let broken = images::bytes(&disks);
     for error in [
         plan(&disks, false).expect_err("a broken image"),

@@ -1,6 +1,7 @@
 //! Compacting: the file becomes as small as what the image holds, in place.
 //!
-//! 1. The image is checked. Leaks are given back; anything worse, and it is left alone.
+//! 1. The image is checked. Leaks are given back, an image that was not closed is repaired; anything worse, and it is
+//!    left alone.
 //! 2. What reads as zeros gives up its space ([`reclaim`]).
 //! 3. If asked, what is stored plain is compressed ([`pack`]).
 //! 4. What lies behind the space all of it needs is moved to free places below ([`slide`]), and the file ends there.
@@ -14,7 +15,6 @@ mod data;
 mod pack;
 mod reclaim;
 mod room;
-
 mod slide;
 mod work;
 
@@ -26,9 +26,8 @@ use diskmill_core::{
 };
 
 use super::Qcow2Image;
-use super::header::{CryptMethod, Incompatible};
+use super::header::{CryptMethod, Header, Incompatible};
 use super::layer::data_index;
-
 use crate::sketch::Sketch;
 use work::Work;
 
@@ -107,7 +106,7 @@ fn compact(
         .cloned()
         .ok_or_else(|| Error::new(ErrorKind::Usage, "an image needs a file"))?;
     let len_before = main.len()?;
-    let leaks = sound(&main, &files, how, job)?;
+    let leaks = sound(header, &main, &files, how, job)?;
     let data_index = data_index(header, files.iter().map(|(role, _)| *role))?;
     let data = match header.has_data_file() {
         true => files
@@ -127,8 +126,15 @@ fn compact(
     Ok(work.report)
 }
 
-/// Fails unless the image is sound but for leaks, which are given back. Returns how many there were.
-fn sound(main: &Arc<dyn StorageMut>, files: &FilesMut, how: &OpenSpec, job: Job<'_>) -> Result<u64> {
+/// Fails unless the image is sound but for leaks, which are given back, and for what its last writer put off, which is
+/// made up for as when it is opened for writing. Returns how many leaks there were.
+fn sound(
+    header: &Header,
+    main: &Arc<dyn StorageMut>,
+    files: &FilesMut,
+    how: &OpenSpec,
+    job: Job<'_>,
+) -> Result<u64> {
     let quiet = Job {
         observer: &Silent,
         cancel: job.cancel,
@@ -147,6 +153,10 @@ fn sound(main: &Arc<dyn StorageMut>, files: &FilesMut, how: &OpenSpec, job: Job<
         (errors, _) => Err(refuse(ErrorKind::Io, CompactError::Unchecked { errors })),
     };
     let report = parse()?.check(readable(), how, quiet)?;
+    if header.incompatible.has(Incompatible::DIRTY) {
+        refuse_errors(&parse()?.repair(files.clone(), how, Repair::All, quiet)?)?;
+        return Ok(report.leaks);
+    }
     refuse_errors(&report)?;
     if report.leaks > 0 {
         parse()?.repair(files.clone(), how, Repair::Leaks, quiet)?;

@@ -60,6 +60,8 @@ struct Search {
     buffer: Vec<u8>,
     /// Of clusters that several tables refer to: which parts are not zero.
     shared: HashMap<u64, u32>,
+    /// Of clusters that several tables refer to: the subclusters that were made holes.
+    punched: HashMap<u64, u32>,
 }
 
 impl Work<'_> {
@@ -69,6 +71,7 @@ impl Work<'_> {
             holes: Holes::default(),
             buffer: Vec::new(),
             shared: HashMap::new(),
+            punched: HashMap::new(),
         };
         let raw_data = self.data.is_some() && self.header.autoclear.has(Autoclear::RAW_DATA_FILE);
         let mut empty = Vec::new();
@@ -87,7 +90,7 @@ impl Work<'_> {
                 let guest = guest.saturating_add(index << self.bits());
                 let verdict = self.judge(entry, guest, weight, &mut search)?;
                 occupied |= !self.says_nothing(verdict);
-                self.carry_out(entry, verdict, weight)?;
+                self.carry_out(entry, verdict, weight, &mut search)?;
             }
             if !occupied {
                 empty.push(table);
@@ -209,7 +212,7 @@ impl Work<'_> {
         Ok(mask)
     }
 
-    fn carry_out(&mut self, entry: Entry, verdict: Verdict, weight: u64) -> Result<()> {
+    fn carry_out(&mut self, entry: Entry, verdict: Verdict, weight: u64, search: &mut Search) -> Result<()> {
         if (verdict.word, verdict.subclusters) == (entry.word.0, entry.subclusters.0) {
             return Ok(());
         }
@@ -223,10 +226,14 @@ impl Work<'_> {
         }
         let cluster = host.get() >> self.bits();
         if !verdict.freed {
-            return self.punch_subclusters(
-                host,
-                lower(entry.subclusters) & !lower(Subclusters(verdict.subclusters)),
-            );
+            let mut which = lower(entry.subclusters) & !lower(Subclusters(verdict.subclusters));
+            if self.count(cluster)? > weight && search.punched.len() < SHARED_MAX {
+                // A dry run cannot tell by the holes which of them another table has had made.
+                let punched = search.punched.entry(cluster).or_default();
+                let done = std::mem::replace(punched, *punched | which);
+                which &= !done;
+            }
+            return self.punch_subclusters(host, which);
         }
         if self.count(cluster)? == weight {
             self.report.zeros = self.report.zeros.saturating_add(self.cluster());
