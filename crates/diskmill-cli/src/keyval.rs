@@ -19,14 +19,31 @@ pub fn number(name: &str, text: &str, min: u64, max: u64) -> Result<u64, Failure
     }
 }
 
-/// A number from `min` to `max` that counts things and therefore has no suffix.
+/// A number from `min` to `max` that counts things and therefore has no suffix. As in C, `0x` begins a hexadecimal one
+/// and another `0` an octal one.
 pub fn plain_number(name: &str, text: &str, min: u64, max: u64) -> Result<u64, Failure> {
-    let is_hex = text.starts_with("0x") || text.starts_with("0X");
-    let has_suffix = !is_hex && text.ends_with(|c: char| c.is_ascii_alphabetic());
-    if has_suffix || text.contains('.') {
-        return Err(Failure::usage(format!("Invalid {name} specified: '{text}'.")));
+    let invalid = || Failure::usage(format!("Invalid {name} specified: '{text}'."));
+    let digits = text.trim_start_matches(|c: char| c.is_ascii_whitespace());
+    let digits = digits.strip_prefix('+').unwrap_or(digits);
+    let is_hex = digits.starts_with("0x") || digits.starts_with("0X");
+    let has_suffix = !is_hex && digits.ends_with(|c: char| c.is_ascii_alphabetic());
+    if has_suffix || digits.contains('.') || digits.starts_with('+') {
+        return Err(invalid());
     }
-    number(name, text, min, max)
+    match digits
+        .strip_prefix('0')
+        .filter(|rest| !is_hex && !rest.is_empty())
+    {
+        Some(octal) if octal.bytes().all(|digit| matches!(digit, b'0'..=b'7')) => {
+            let value = u64::from_str_radix(octal, 8).unwrap_or(u64::MAX);
+            number(name, &value.to_string(), min, max)
+        }
+        Some(_) => Err(invalid()),
+        None => number(name, digits, min, max).map_err(|failure| match parse_size(digits) {
+            None if !is_out_of_reach(digits) => invalid(),
+            _ => failure,
+        }),
+    }
 }
 
 /// A size or offset in bytes.
@@ -218,6 +235,18 @@ mod tests {
         assert!(!is_out_of_reach("1e6"));
         assert_eq!(number("n", "16", 1, 16).unwrap(), 16);
         assert!(number("n", "17", 1, 16).is_err());
+    }
+
+    #[test]
+    fn counts_are_read_as_c_reads_them() {
+        let count = |text| plain_number("count", text, 0, 100).ok();
+        let read = ["10", "010", "0x10", "0X1f", "00", "0", " 5", "+5"].map(count);
+        assert_eq!(read, [10, 8, 16, 31, 0, 0, 5, 5].map(Some));
+        for text in [
+            "08", "1k", "0x", "5 ", "0b1", "++5", "+-5", "1.5", "-1", "101", "0145", "",
+        ] {
+            assert_eq!(count(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -2,10 +2,16 @@
 
 use diskmill_testkit::{Run, Scratch, ext4, hash, oracle};
 
-use crate::tools::{binary, native, ours, theirs};
+use crate::tools::{binary, native, ours, soak, theirs};
 
 /// Bytes of files on the disk: enough to have every sort, small enough for every run of the tests.
-const FILES: u64 = 160 << 20;
+fn files_len() -> u64 {
+    let len: u64 = 48 << 20;
+    len.saturating_mul(soak()).min(160 << 20)
+}
+
+/// Bytes of the disk, which is sparse.
+const DISK: u64 = 256 << 20;
 
 struct Disk {
     scratch: Scratch,
@@ -18,10 +24,10 @@ impl Disk {
         let copied = ext4::copy_tree(
             &["/usr/share".as_ref(), "/usr/bin".as_ref()],
             &scratch.join("tree"),
-            FILES,
+            files_len(),
         );
-        assert!(copied > FILES / 4, "this machine has hardly any files");
-        ext4::make(scratch.join("disk.raw"), scratch.join("tree"), 320 << 20);
+        assert!(copied > files_len() / 4, "this machine has hardly any files");
+        ext4::make(scratch.join("disk.raw"), scratch.join("tree"), DISK);
         std::fs::remove_dir_all(scratch.join("tree")).unwrap();
         ext4::assert_clean(scratch.join("disk.raw"));
         let digest = hash::sha256_file(scratch.join("disk.raw"));

@@ -9,6 +9,7 @@ use diskmill_core::{Chain, Error, ErrorKind, Layer, LayerMut, Result};
 use super::chain::{Backing, Opener, check_below, in_chain};
 use super::understand::Place;
 use super::{Image, Node, OpenError, OpenRequest, OpenWarning, resolve_name};
+use crate::spec::ImageSpec;
 
 /// Which of the images that another one is backed by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,7 +27,7 @@ impl Base {
         let Self::Named(name) = self else {
             return true;
         };
-        if backing.spec.text == *name {
+        if ImageSpec::has_protocol(name) && backing.spec.text == *name {
             return true;
         }
         let wanted = resolve_name(from, name);
