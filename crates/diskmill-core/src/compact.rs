@@ -14,9 +14,9 @@ pub struct CompactSpec {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CompactReport {
-    /// Bytes of the main file before.
+    /// Bytes of the main file before; of all files, if the image has its data in several.
     pub len_before: u64,
-    /// Bytes of the main file after; on a device, which keeps its length, where the last byte in use ends.
+    /// The same after; on a device, which keeps its length, where the last byte in use ends.
     pub len_after: u64,
     /// Whether the file keeps its length (a block device).
     pub fixed_len: bool,

@@ -27,6 +27,7 @@ pub mod qcow2;
 pub mod raw;
 pub mod registry;
 mod sketch;
+mod slots;
 mod sparse;
 pub mod vdi;
 pub mod vmdk;

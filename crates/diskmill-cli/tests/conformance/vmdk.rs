@@ -1,7 +1,7 @@
 //! VMware's format: every subformat and option both ways with QEMU's tools, and read by programs that are neither.
 
 use diskmill_testkit::sparse_random::SparseRandom;
-use diskmill_testkit::{Run, Scratch, hash, oracle, vmware};
+use diskmill_testkit::{Run, Scratch, hash, oracle, scratch, vmware};
 
 use crate::agree::assert_agree;
 use crate::readers::{dissect_vmdk, seven_zip};
@@ -355,4 +355,67 @@ fn vmdk__what_both_refuse() {
         .args(["create", "-f", "vmdk", "a\"b.vmdk", "1M"])
         .finish();
     assert_eq!(quoted.code, Some(1), "{quoted}");
+}
+
+#[test]
+fn vmdk__compact() {
+    for (options, extent) in [
+        ("subformat=monolithicSparse", None),
+        ("subformat=monolithicSparse,zeroed_grain=on", None),
+        ("subformat=twoGbMaxExtentSparse", Some("-s001")),
+        ("subformat=monolithicFlat", Some("-flat")),
+    ] {
+        let (scratch, _) = make(options.len() as u64);
+        let run = |words: &str| native(&scratch).words(words);
+        let file = |name: &str| scratch.join(format!("{name}{}.vmdk", extent.unwrap_or_default()));
+        theirs(&scratch)
+            .words(&format!(
+                "convert -f raw -O vmdk -S 0 -o {options} disk.raw disk.vmdk"
+            ))
+            .ok();
+        oracle::io(
+            scratch.join("disk.vmdk"),
+            "vmdk",
+            ["write -P 1 0 5M", "write -P 0 1M 2M", "write -P 0 4600k 70k"],
+        );
+        let before = scratch::len(file("disk"));
+        let digest = oracle::guest_sha256(scratch.join("disk.vmdk"), "vmdk");
+        let dry = run("compact --dry-run disk.vmdk").ok().out().to_owned();
+        assert_eq!(scratch::len(file("disk")), before);
+        let done = run("compact disk.vmdk").ok().out().to_owned();
+        let first = |text: &str| text.lines().next().map(|line| line.replace(" would be", ""));
+        assert_eq!(first(&dry), first(&done));
+        oracle::assert_clean(scratch.join("disk.vmdk"), "vmdk");
+        assert_eq!(ours_reads(&scratch, "disk.vmdk"), digest, "we, {options}");
+        assert_eq!(
+            oracle::guest_sha256(scratch.join("disk.vmdk"), "vmdk"),
+            digest,
+            "QEMU, {options}"
+        );
+        assert_eq!(
+            seven_zip(&scratch, "disk.vmdk", "VMDK"),
+            digest,
+            "7-Zip, {options}"
+        );
+        assert_eq!(dissect_vmdk(&scratch, "disk.vmdk"), digest, "dissect, {options}");
+        assert_agree(&scratch, "disk.vmdk", "vmdk");
+        theirs(&scratch)
+            .words(&format!(
+                "convert -f vmdk -O vmdk -o {options} disk.vmdk fresh.vmdk"
+            ))
+            .ok();
+        let (packed, fresh) = (scratch::len(file("disk")), scratch::len(file("fresh")));
+        assert!(packed <= fresh, "{options}: {packed} and {fresh} bytes");
+        assert_eq!(packed < before, extent != Some("-flat"), "{options}");
+        assert!(
+            run("compact disk.vmdk").ok().out().contains("Nothing to save"),
+            "{options}"
+        );
+    }
+    let (scratch, _) = make(29);
+    ours(&scratch)
+        .words("convert -f raw -O vmdk -o subformat=streamOptimized disk.raw disk.vmdk")
+        .ok();
+    let failed = native(&scratch).words("compact disk.vmdk").finish().expect(1);
+    assert!(failed.err().contains("streamOptimized"), "{}", failed.err());
 }

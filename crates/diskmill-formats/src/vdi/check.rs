@@ -13,7 +13,8 @@ use diskmill_core::{
 use super::header::Header;
 use super::layout::{BLOCK, ENTRIES_PER_SECTOR};
 use super::map::{BlockMap, Entry};
-use super::tables::{Slots, Tables};
+use super::tables::Tables;
+use crate::slots::Slots;
 
 /// What a look at the map found.
 #[derive(Debug, Default)]

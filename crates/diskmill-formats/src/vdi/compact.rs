@@ -11,8 +11,9 @@ use diskmill_core::{
 use super::header::{Header, ImageType};
 use super::layout::BLOCK;
 use super::map::{BlockMap, Entry};
-use super::tables::{Slots, Tables, shared};
+use super::tables::{Tables, shared};
 use crate::codec::is_zero;
+use crate::slots::Slots;
 
 /// Host bytes at most that a block of zeros may keep: the pages at its edges, which it shares with its neighbours.
 const EDGES: u64 = 16 << 10;

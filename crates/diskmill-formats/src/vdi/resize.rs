@@ -11,8 +11,9 @@ use diskmill_core::{Chain, Error, ErrorKind, GuestOffset, HostOffset, Result, SE
 use super::layout::BLOCK;
 use super::map::{BlockMap, Entry, block_of};
 use super::options::{SizeError, blocks};
-use super::tables::{Slots, Tables, TablesError};
+use super::tables::{Tables, TablesError};
 use super::write::Image;
+use crate::slots::Slots;
 
 impl Image {
     /// Forgets all data. All blocks are held.

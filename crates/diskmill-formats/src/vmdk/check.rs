@@ -21,7 +21,12 @@ use super::tables::{Seen, front, overlap};
 /// See [`diskmill_core::Parsed::check`].
 pub(super) fn check(image: &VmdkImage, files: Files, job: Job<'_>) -> Result<CheckReport> {
     let files: Vec<_> = files.into_iter().map(|(_, file)| file).collect();
-    run(image, &files, None, job)
+    look(image, &files, job)
+}
+
+/// The same; `files` are the main one and those its references name.
+pub(super) fn look(image: &VmdkImage, files: &[Arc<dyn Storage>], job: Job<'_>) -> Result<CheckReport> {
+    run(image, files, None, job)
 }
 
 /// See [`diskmill_core::Parsed::repair`].

@@ -14,6 +14,7 @@
 //! A descriptor is a file of its own, or inside of the one SPARSE file it is about. All integers are little-endian.
 
 mod check;
+mod compact;
 mod create;
 pub mod descriptor;
 mod facts;
@@ -37,9 +38,10 @@ pub use tables::TableError;
 use std::sync::Arc;
 
 use diskmill_core::{
-    BackingName, Builder, CheckReport, CreateSpec, DataRuns, Driver, Error, ErrorKind, Facts, FileIndex,
-    Files, FilesMut, Format, HostOffset, Job, Layer, LayerMut, Match, Measure, OpenSpec, OptionError,
-    OptionSpec, OutputSpec, Parsed, Reference, Repair, Result, Role, SECTOR, Sample, Storage,
+    BackingName, Builder, CheckReport, CompactReport, CompactSpec, CreateSpec, DataRuns, Driver, Error,
+    ErrorKind, Facts, FileIndex, Files, FilesMut, Format, HostOffset, Job, Layer, LayerMut, Match, Measure,
+    OpenSpec, OptionError, OptionSpec, OutputSpec, Parsed, Reference, Repair, Result, Role, SECTOR, Sample,
+    Storage,
 };
 
 use descriptor::{Descriptor, DescriptorError};
@@ -296,5 +298,27 @@ impl Parsed for VmdkImage {
         job: Job<'_>,
     ) -> Result<CheckReport> {
         check::repair(&self, files, what, job)
+    }
+
+    fn compact(
+        self: Box<Self>,
+        files: FilesMut,
+        how: &OpenSpec,
+        spec: &CompactSpec,
+        job: Job<'_>,
+    ) -> Result<CompactReport> {
+        refuse_snapshot(how)?;
+        compact::run(&self, files, spec, job)
+    }
+
+    fn plan_compact(
+        self: Box<Self>,
+        files: Files,
+        how: &OpenSpec,
+        spec: &CompactSpec,
+        job: Job<'_>,
+    ) -> Result<CompactReport> {
+        refuse_snapshot(how)?;
+        compact::plan(&self, files, spec, job)
     }
 }

@@ -114,6 +114,7 @@ impl Tables {
     pub(super) fn find_ranges(&mut self) {
         let len = self.table_sectors();
         let mut ranges = vec![(0, self.overhead.max(1))];
+        ranges.extend(self.front.iter().copied());
         let copies = [
             Some((self.directory_at, &self.directory)),
             self.redundant.as_ref().map(|(at, entries)| (*at, entries)),
@@ -308,6 +309,23 @@ impl Tables {
         }
         self.dirty.clear();
         self.unlisted.clear();
+        Ok(())
+    }
+
+    /// Where the redundant copy of table `index` differs, [`write_back`](Self::write_back) will make it the same.
+    pub(super) fn renew_copy(&mut self, index: usize) -> Result<()> {
+        let copy = self.redundant.as_ref().and_then(|(_, list)| list.get(index));
+        let Some(at) = copy.filter(|at| **at != 0).map(|at| sector((*at).into())) else {
+            return Ok(());
+        };
+        let Some(entries) = self.bytes(index)? else {
+            return Ok(());
+        };
+        let mut bytes = vec![0; entries.len()];
+        self.storage.read_at(at, &mut bytes)?;
+        if *bytes != *entries {
+            self.dirty.insert(index);
+        }
         Ok(())
     }
 

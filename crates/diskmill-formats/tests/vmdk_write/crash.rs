@@ -67,7 +67,7 @@ fn through(image: &Image, disk: &[u8], op: &Op) -> Vec<Picture> {
 }
 
 /// Plays a story.
-fn play(name: String, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Tale {
+pub fn play(name: String, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Tale {
     let disks: Vec<_> = images::memory(&image.files)
         .into_iter()
         .map(|disk| journal.record(disk))

@@ -4,21 +4,21 @@ use diskmill_core::{Chain, CheckReport, ErrorKind, GuestOffset, Repair};
 
 use super::images::{self, Image};
 
-fn word(file: &[u8], at: usize) -> u32 {
+pub fn word(file: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(file[at..at + 4].try_into().unwrap())
 }
 
-fn put(file: &mut [u8], at: usize, value: u32) {
+pub fn put(file: &mut [u8], at: usize, value: u32) {
     file[at..at + 4].copy_from_slice(&value.to_le_bytes());
 }
 
 /// Where the directory at byte `field` of the header has its first table, in bytes.
-fn table(file: &[u8], field: usize) -> usize {
+pub fn table(file: &[u8], field: usize) -> usize {
     word(file, word(file, field) as usize * 512) as usize * 512
 }
 
-const RGD: usize = 48;
-const GD: usize = 56;
+pub const RGD: usize = 48;
+pub const GD: usize = 56;
 
 fn damaged(change: impl Fn(&mut Vec<u8>)) -> (Image, CheckReport) {
     let mut image = images::named("sparse").make();

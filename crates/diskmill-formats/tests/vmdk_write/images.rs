@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use diskmill_core::{
-    BackingName, Chain, CheckReport, CreateSpec, Driver, Facts, Files, FilesMut, Format, GuestOffset, Job,
-    Layer, LayerMut, OpenSpec, Options, Repair, Result, Role, Storage, StorageMut,
+    BackingName, Chain, CheckReport, CompactReport, CompactSpec, CreateSpec, Driver, Facts, Files, FilesMut,
+    Format, GuestOffset, Job, Layer, LayerMut, OpenSpec, Options, Repair, Result, Role, Storage, StorageMut,
 };
 use diskmill_formats::vmdk;
 use diskmill_storage::Memory;
@@ -280,6 +280,24 @@ pub fn repair(disks: &[Arc<dyn StorageMut>], what: Repair) -> Result<CheckReport
     vmdk::DRIVER
         .parse(disks[0].clone(), &how())?
         .repair(files, &how(), what, Job::silent())
+}
+
+/// Compacts the image in `disks`: what a dry run says first, and what was done.
+pub fn compact(disks: &[Arc<dyn StorageMut>]) -> Result<(CompactReport, CompactReport)> {
+    Ok((plan_compact(disks)?, only_compact(disks, Job::silent())?))
+}
+
+/// What compacting the image in `disks` would come to.
+pub fn plan_compact(disks: &[Arc<dyn StorageMut>]) -> Result<CompactReport> {
+    let parsed = vmdk::DRIVER.parse(disks[0].clone(), &how())?;
+    parsed.plan_compact(files(disks), &how(), &CompactSpec::default(), Job::silent())
+}
+
+/// Compacts the image in `disks`.
+pub fn only_compact(disks: &[Arc<dyn StorageMut>], job: Job<'_>) -> Result<CompactReport> {
+    let parsed = vmdk::DRIVER.parse(disks[0].clone(), &how())?;
+    let files: FilesMut = roles(disks.len()).zip(disks.iter().cloned()).collect();
+    parsed.compact(files, &how(), &CompactSpec::default(), job)
 }
 
 impl Image {
