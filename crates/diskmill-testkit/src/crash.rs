@@ -10,9 +10,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use diskmill_core::{CheckReport, FindingKind, Result};
+use diskmill_core::{Chain, CheckReport, FindingKind, GuestOffset, Result};
 
 use crate::fault::{Bounds, Cut, Journal, Loss};
+use crate::model::Op;
 
 /// What a user sees of an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -183,6 +184,22 @@ impl Effort {
         self.bounds.random *= times as usize;
         self
     }
+}
+
+/// What may show through while `op` is under way on a disk that reads as `disk`: of what is given up, zeros or what is
+/// below.
+pub fn given_up(op: &Op, disk: &[u8], below: &Chain) -> Vec<Picture> {
+    let end = disk.len();
+    let span = match *op {
+        Op::Resize { size } => (size as usize).min(end)..end,
+        Op::Discard { at, len } => (at as usize).min(end)..(at + len).min(end as u64) as usize,
+        _ => return Vec::new(),
+    };
+    let (mut zeros, mut shown) = (disk.to_vec(), disk.to_vec());
+    zeros[span.clone()].fill(0);
+    let at = GuestOffset::new(span.start as u64);
+    below.read_at(at, &mut shown[span]).expect("read");
+    vec![Picture::of(zeros), Picture::of(shown)]
 }
 
 /// What was done to an image, and what it may look like at each moment.

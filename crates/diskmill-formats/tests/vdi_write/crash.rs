@@ -7,7 +7,7 @@ use diskmill_core::{
     CheckReport, CompactSpec, Driver, ErrorKind, GuestOffset, Job, Repair, Result, Role, Storage,
 };
 use diskmill_formats::vdi;
-use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Subject, Tale, Tolerance};
+use diskmill_testkit::crash::{self, Effect, Effort, Figures, Picture, Subject, Tale, Tolerance};
 use diskmill_testkit::fault::{Change, Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::{self, Model, Op};
 
@@ -57,21 +57,6 @@ fn effect(op: &Op, same: bool) -> Effect {
     }
 }
 
-/// What may show through while an operation is under way: of what is given up, zeros or what is below.
-fn through(image: &Image, disk: &[u8], op: &Op) -> Vec<Picture> {
-    let end = disk.len();
-    let span = match *op {
-        Op::Resize { size } => (size as usize).min(end)..end,
-        Op::Discard { at, len } => (at as usize).min(end)..(at + len).min(end as u64) as usize,
-        _ => return Vec::new(),
-    };
-    let (mut zeros, mut below) = (disk.to_vec(), disk.to_vec());
-    zeros[span.clone()].fill(0);
-    let at = GuestOffset::new(span.start as u64);
-    image.below.read_at(at, &mut below[span]).expect("read");
-    vec![Picture::of(zeros), Picture::of(below)]
-}
-
 /// Plays a story.
 fn play(name: String, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Tale {
     let disk = journal.record(images::memory(&image.file));
@@ -80,7 +65,7 @@ fn play(name: String, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Tale
     let mut tale = Tale::new(name, journal, Picture::of(image.start.clone()));
     for op in ops {
         let mark = tale.mark();
-        let through = through(image, model.bytes(), op);
+        let through = crash::given_up(op, model.bytes(), &image.below);
         if *op == Op::Reopen {
             drop(layer);
             layer = images::open(&disk).expect("open again");

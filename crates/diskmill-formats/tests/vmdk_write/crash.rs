@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use diskmill_core::{CheckReport, GuestOffset, Repair, Result};
-use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Subject, Tale, Tolerance};
+use diskmill_testkit::crash::{self, Effect, Effort, Figures, Picture, Subject, Tale, Tolerance};
 use diskmill_testkit::fault::{Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::{self, Model, Op};
 
@@ -51,21 +51,6 @@ fn effect(op: &Op, same: bool) -> Effect {
     }
 }
 
-/// What may show through while an operation is under way: of what is given up, zeros or what is below.
-fn through(image: &Image, disk: &[u8], op: &Op) -> Vec<Picture> {
-    let end = disk.len();
-    let span = match *op {
-        Op::Resize { size } => (size as usize).min(end)..end,
-        Op::Discard { at, len } => (at as usize).min(end)..(at + len).min(end as u64) as usize,
-        _ => return Vec::new(),
-    };
-    let (mut zeros, mut below) = (disk.to_vec(), disk.to_vec());
-    zeros[span.clone()].fill(0);
-    let at = GuestOffset::new(span.start as u64);
-    image.below.read_at(at, &mut below[span]).expect("read");
-    vec![Picture::of(zeros), Picture::of(below)]
-}
-
 /// Plays a story.
 pub fn play(name: String, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Tale {
     let disks: Vec<_> = images::memory(&image.files)
@@ -77,7 +62,7 @@ pub fn play(name: String, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> 
     let mut tale = Tale::new(name, journal, Picture::of(image.start.clone()));
     for op in ops {
         let mark = tale.mark();
-        let through = through(image, model.bytes(), op);
+        let through = crash::given_up(op, model.bytes(), &image.below);
         if *op == Op::Reopen {
             layer.flush().expect("flush");
             drop(layer);
