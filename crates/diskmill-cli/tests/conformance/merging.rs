@@ -657,7 +657,7 @@ fn killed(chain: &'static [Layer], words: &str, rounds: u64) {
             let mut child = ours(scratch).words(&line).spawn();
             std::thread::sleep(wait);
             child.kill().unwrap();
-            let status = child.wait().unwrap();
+            let status = child.wait_with_output().unwrap().status;
             stopped += u64::from(!status.success());
             let seen = format!(
                 "{line} killed after {wait:?}, seed {}, round {round}: {status}",

@@ -24,10 +24,11 @@ fn killed(name: &str, number: i32) {
             }
             state = mix(state);
             let wait = Duration::from_micros(state % (whole.as_micros() as u64 + 1));
-            let mut child = victim.command(&work).spawn();
+            let child = victim.command(&work).spawn();
             std::thread::sleep(wait);
             signal(&child, name);
-            let status = child.wait().expect("wait");
+            // Read what it prints: with a full pipe it would never end.
+            let status = child.wait_with_output().expect("wait").status;
             let seen = format!(
                 "{}, SIG{name} after {wait:?} of {whole:?}, DISKMILL_SEED={}, round {round}: {status}",
                 victim.name,
