@@ -127,7 +127,10 @@ pub fn package(subject: &Subject<'_>) -> Vec<Lint> {
         digests(subject, manifest, text, &mut lints);
     }
     files(subject.envelope, &mut lints);
-    let units = text_of(subject.text, "capacityAllocationUnits");
+    let document = document(subject.text);
+    let units = document.as_ref().map_or_else(Vec::new, |document| {
+        disk_attributes(document, "capacityAllocationUnits")
+    });
     if units.iter().any(|unit| !unit.trim().eq_ignore_ascii_case("byte")) {
         lints.push(Lint::new(
             DISK_UNITS,
@@ -157,7 +160,9 @@ pub fn package(subject: &Subject<'_>) -> Vec<Lint> {
     for system in &subject.envelope.systems {
         machine(system, &mut lints);
     }
-    item_order(subject.text, &mut lints);
+    if let Some(document) = &document {
+        item_order(document, &mut lints);
+    }
     lints
 }
 
@@ -349,25 +354,19 @@ fn document(text: &[u8]) -> Option<Document<'_>> {
 }
 
 /// The values of an attribute of disks.
-fn text_of(text: &[u8], attribute: &str) -> Vec<String> {
-    let Some(document) = document(text) else {
-        return Vec::new();
-    };
+fn disk_attributes<'a>(document: &'a Document<'_>, attribute: &str) -> Vec<&'a str> {
     let disks = document
         .descendants()
         .filter(|node| node.tag_name().name() == "Disk");
     disks
         .flat_map(|disk| disk.attributes())
         .filter(|known| known.name() == attribute)
-        .map(|known| known.value().to_owned())
+        .map(|known| known.value())
         .collect()
 }
 
 /// The schema has the children of an item as a sequence.
-fn item_order(text: &[u8], lints: &mut Vec<Lint>) {
-    let Some(document) = document(text) else {
-        return;
-    };
+fn item_order(document: &Document<'_>, lints: &mut Vec<Lint>) {
     let items = document
         .descendants()
         .filter(|node| node.tag_name().name() == "Item");
