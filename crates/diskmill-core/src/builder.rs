@@ -6,6 +6,7 @@
 //! depend on how many threads there are.
 
 use std::borrow::Cow;
+use std::fmt::Debug;
 use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::Arc;
@@ -54,8 +55,15 @@ pub enum Run {
     Absent,
 }
 
+/// Encrypts bytes on their way into a file.
+pub trait Sealer: Send + Sync + Debug {
+    /// Encrypts `bytes`, those of the disk from `guest` on, which are about to be written at `host`. Their number is a
+    /// multiple of [`SECTOR`](crate::SECTOR).
+    fn seal(&self, guest: GuestOffset, host: HostOffset, bytes: &mut [u8]) -> Result<()>;
+}
+
 /// One change to a file, waiting to be made.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum QueuedWrite<'a> {
     /// Write bytes: borrowed guest data, or a table that is done.
@@ -66,6 +74,19 @@ pub enum QueuedWrite<'a> {
         at: HostOffset,
         /// What.
         bytes: Cow<'a, [u8]>,
+    },
+    /// Write guest data that is encrypted first, by the thread that writes.
+    Sealed {
+        /// In which file.
+        file: FileIndex,
+        /// Where.
+        at: HostOffset,
+        /// Where in the disk the bytes belong.
+        guest: GuestOffset,
+        /// What, as the guest sees it.
+        bytes: Cow<'a, [u8]>,
+        /// Encrypts it.
+        sealer: Arc<dyn Sealer>,
     },
     /// Make a range read as zeros.
     Zero {
@@ -79,9 +100,30 @@ pub enum QueuedWrite<'a> {
 }
 
 impl QueuedWrite<'_> {
+    /// Encrypts what is to be encrypted: it is a plain write of bytes then.
+    fn seal(&mut self) -> Result<()> {
+        if let Self::Sealed {
+            file,
+            at,
+            guest,
+            bytes,
+            sealer,
+        } = self
+        {
+            let mut sealed = std::mem::take(bytes).into_owned();
+            sealer.seal(*guest, *at, &mut sealed)?;
+            *self = Self::Bytes {
+                file: *file,
+                at: *at,
+                bytes: Cow::Owned(sealed),
+            };
+        }
+        Ok(())
+    }
+
     fn position(&self) -> (FileIndex, HostOffset) {
         match self {
-            Self::Bytes { file, at, .. } => (*file, *at),
+            Self::Bytes { file, at, .. } | Self::Sealed { file, at, .. } => (*file, *at),
             Self::Zero { file, range, .. } => (*file, range.start),
         }
     }
@@ -111,6 +153,25 @@ impl<'a> Writes<'a> {
         });
     }
 
+    /// Queues a write of guest data from `guest` on that is encrypted first. The number of bytes is a multiple of
+    /// [`SECTOR`](crate::SECTOR).
+    pub fn push_sealed(
+        &mut self,
+        file: FileIndex,
+        at: HostOffset,
+        guest: GuestOffset,
+        bytes: impl Into<Cow<'a, [u8]>>,
+        sealer: &Arc<dyn Sealer>,
+    ) {
+        self.queue.push(QueuedWrite::Sealed {
+            file,
+            at,
+            guest,
+            bytes: bytes.into(),
+            sealer: Arc::clone(sealer),
+        });
+    }
+
     /// Queues zeros.
     pub fn push_zero(&mut self, file: FileIndex, range: Range<HostOffset>, how: ZeroHow) {
         self.queue.push(QueuedWrite::Zero { file, range, how });
@@ -130,6 +191,9 @@ impl<'a> Writes<'a> {
     pub fn perform(&mut self, files: &[Arc<dyn StorageMut>]) -> Result<()> {
         let mut queue = std::mem::take(&mut self.queue);
         queue.sort_by_key(QueuedWrite::position);
+        for write in &mut queue {
+            write.seal()?;
+        }
         let mut start: Option<(FileIndex, HostOffset)> = None;
         let mut end = HostOffset::ZERO;
         let mut slices: Vec<IoSlice<'_>> = Vec::new();
@@ -144,6 +208,8 @@ impl<'a> Writes<'a> {
                     slices.push(IoSlice::new(bytes));
                     end = at.plus(bytes.len() as u64)?;
                 }
+                // None is left: they have become bytes, and guest data must never reach a file as it is.
+                QueuedWrite::Sealed { .. } => return Err(Error::bare(ErrorKind::Usage)),
                 QueuedWrite::Zero { file, range, how } => {
                     flush_slices(files, start.take(), &mut slices)?;
                     find(files, *file)?.zero(range.clone(), *how)?;

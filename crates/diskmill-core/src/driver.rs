@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::{
     BackingName, BitmapFacts, Builder, CheckReport, CompactReport, CompactSpec, Error, ErrorKind, Facts,
     FileIndex, Format, GuestOffset, Job, Layer, LayerMut, Limits, OptionSpec, Options, Repair, Result,
-    Storage, StorageMut, WhichSnapshot,
+    Secrets, Storage, StorageMut, WhichSnapshot,
 };
 
 /// How sure a driver is that bytes are its format.
@@ -104,6 +104,8 @@ pub struct OpenSpec {
     pub content_id: Option<u32>,
     /// Open it only to be checked: what a check reports must not keep it from being opened.
     pub for_check: bool,
+    /// Where the key of an encrypted image comes from. Without one it opens all the same; its data cannot be read.
+    pub secrets: Secrets,
 }
 
 /// How to compress.
@@ -131,6 +133,8 @@ pub struct CreateSpec {
     pub backing_facts: Option<Box<Facts>>,
     /// The number that tells the content, in formats that keep one; `None` derives it from the rest.
     pub content_id: Option<u32>,
+    /// The secrets its options name, and the passphrase it is to have if they name none.
+    pub secrets: Secrets,
 }
 
 impl CreateSpec {

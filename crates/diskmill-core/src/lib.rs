@@ -24,12 +24,15 @@ mod limits;
 mod options;
 mod progress;
 mod report;
+mod secret;
 mod snapshots;
 mod storage;
 mod units;
 
 pub use bitmaps::{BitmapError, Bitmaps, DirtyRuns, NewBitmap};
-pub use builder::{Builder, Durability, EncodedKind, Encoder, Finish, QueuedWrite, Run, Stored, Writes};
+pub use builder::{
+    Builder, Durability, EncodedKind, Encoder, Finish, QueuedWrite, Run, Sealer, Stored, Writes,
+};
 pub use chain::{Chain, Resolved};
 pub use compact::{CompactReport, CompactSpec};
 pub use driver::{
@@ -44,6 +47,7 @@ pub use limits::Limits;
 pub use options::{OptionError, OptionKind, OptionSpec, Options, parse_size};
 pub use progress::{Job, Observer, Silent};
 pub use report::{CheckReport, Finding, FindingKind, Repair};
+pub use secret::{Ask, Secret, SecretError, Secrets};
 pub use snapshots::{NewSnapshot, Snapshots, WhichSnapshot};
 pub use storage::{ForwardSource, Hints, HostRun, RawFile, Storage, StorageMut, ZeroHow};
 pub use units::{Format, GuestOffset, HostOffset, SECTOR};
