@@ -95,15 +95,14 @@ impl Target {
     }
 
     /// Opens the image of format `format` that the files hold by now, to go on changing it.
-    pub(crate) fn reopen(&self, format: &str) -> Result<Arc<dyn LayerMut>> {
+    pub(crate) fn reopen(&self, format: &str, how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
         let driver = creatable(format)?;
-        let how = OpenSpec::default();
         let main = self
             .files
             .first()
             .map(|(_, file)| Arc::clone(file) as Arc<dyn Storage>);
         let main = main.ok_or_else(|| Error::bare(ErrorKind::Usage))?;
-        driver.parse(main, &how)?.attach_mut(self.files(), &how)
+        driver.parse(main, how)?.attach_mut(self.files(), how)
     }
 
     /// Why a target that could have been replaced when complete is written in place.

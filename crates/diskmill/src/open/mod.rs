@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use diskmill_core::{
-    Access, Chain, Error, Facts, Format, LayerMut, Limits, Result, StorageMut, WhichSnapshot,
+    Access, Chain, Error, Facts, Format, LayerMut, Limits, Result, Secrets, StorageMut, WhichSnapshot,
 };
 use diskmill_storage::{CacheMode, File, FileId};
 
@@ -66,6 +66,8 @@ pub struct OpenRequest {
     pub packages: bool,
     /// Which disk of a package: its identifier, its file, or its number from 1.
     pub disk: Option<String>,
+    /// Where the keys of encrypted images come from, of all that are in the chain.
+    pub secrets: Secrets,
     /// What is put around each file that is opened.
     pub around: Option<Arc<dyn Around>>,
 }
@@ -98,6 +100,7 @@ impl OpenRequest {
             given: None,
             packages: false,
             disk: None,
+            secrets: Secrets::new(),
             around: None,
         }
     }

@@ -94,6 +94,7 @@ impl Opener<'_> {
         let file = open_file(&spec.file, Access::Read, spec, self.request)?;
         let mut how = OpenSpec::default();
         how.limits = self.request.limits;
+        how.secrets = self.request.secrets.for_image(&*spec.shown);
         let parsed = child.driver.parse(std::sync::Arc::new(file), &how)?;
         Ok(parsed.facts().identity)
     }

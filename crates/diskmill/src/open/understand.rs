@@ -120,6 +120,7 @@ impl Understood {
         how.options = spec.options.clone();
         how.unmap = spec.settings.unmap.unwrap_or(request.unmap);
         how.for_check = for_check;
+        how.secrets = request.secrets.for_image(&*spec.shown);
         how.content_id = diskmill_storage::random_u32();
         if let Place::Top(_) = place {
             how.snapshot.clone_from(&request.snapshot);

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use diskmill_core::{
     BackingName, BitmapError, BitmapFacts, Bitmaps, Builder, Chain, CreateSpec, DirtyRuns, Durability, Error,
-    ErrorKind, Finish, Format, GuestOffset, Job, Layer, NewBitmap, Options, Result, Run, State, Stored,
-    Writes,
+    ErrorKind, Finish, Format, GuestOffset, Job, Layer, NewBitmap, OpenSpec, Options, Result, Run, State,
+    Stored, Writes,
 };
 use diskmill_storage::CacheMode;
 
@@ -289,7 +289,7 @@ impl Export {
         let dirty = self.fill(&mut *builder, overlay, job)?;
         builder.finish(Finish::new(Durability::None))?;
         if overlay {
-            let layer = target.reopen(format)?;
+            let layer = target.reopen(format, &OpenSpec::default())?;
             layer.set_backing(None)?;
             layer.flush()?;
         }

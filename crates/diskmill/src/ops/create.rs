@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use diskmill_core::{
     BackingName, CreateSpec, Driver, Durability, Error, ErrorKind, Facts, Finish, Format, GuestOffset, Job,
-    Limits, OptionError, OptionKind, Options, Result, Run, SECTOR,
+    Limits, OptionError, OptionKind, Options, Result, Run, SECTOR, Secrets,
 };
 use diskmill_formats::registry;
 use diskmill_storage::{CacheMode, random_u32};
@@ -38,6 +38,8 @@ pub struct CreateRequest {
     pub policy: References,
     /// Caps on what the backing image may ask for.
     pub limits: Limits,
+    /// The secrets its options name, and the passphrase it is to have if they name none.
+    pub secrets: Secrets,
     /// What must hold when it is done.
     pub durability: Durability,
     /// What is put around each file that is made.
@@ -57,6 +59,7 @@ impl CreateRequest {
             unchecked: false,
             policy: References::Any,
             limits: Limits::default(),
+            secrets: Secrets::new(),
             durability: Durability::Synced,
             around: None,
         }
@@ -132,6 +135,7 @@ pub struct Creation {
     durability: Durability,
     around: Option<Arc<dyn Around>>,
     policy: References,
+    secrets: Secrets,
 }
 
 /// Checks a request and opens the backing image. Touches nothing.
@@ -164,6 +168,7 @@ fn check(request: &CreateRequest) -> Result<Creation> {
             let like = OpenRequest {
                 policy: request.policy.clone(),
                 limits: request.limits,
+                secrets: request.secrets.clone(),
                 // Nothing is read but the size, so a running machine is no obstacle.
                 share: true,
                 ..OpenRequest::new(request.target.clone())
@@ -192,6 +197,7 @@ fn check(request: &CreateRequest) -> Result<Creation> {
         durability: request.durability,
         around: request.around.clone(),
         policy: request.policy.clone(),
+        secrets: request.secrets.clone(),
     };
     creation.shown = creation.show()?;
     Ok(creation)
@@ -211,6 +217,7 @@ impl Creation {
         }
         let mut spec = CreateSpec::new(whole_sectors(self.virtual_size)?);
         spec.options = self.options;
+        spec.secrets = self.secrets.for_image(&*self.target.shown);
         spec.backing = self.backing.map(|name| BackingName {
             name,
             format: self.backing_format,

@@ -173,6 +173,7 @@ fn open_new(request: &RebaseRequest, name: &str) -> Result<Image> {
         wanted.hold = true;
         wanted.policy = request.open.policy.clone();
         wanted.limits = request.open.limits;
+        wanted.secrets = request.open.secrets.clone();
         wanted.around.clone_from(&request.open.around);
         open::image(&wanted)
     });

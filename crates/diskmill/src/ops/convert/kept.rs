@@ -99,7 +99,7 @@ impl Kept {
     pub(super) fn carry(&self, plan: &Plan, image: &NewImage, target: &Target, job: Job<'_>) -> Result<()> {
         let path = image.target.path();
         let layer = target
-            .reopen(&image.format)
+            .reopen(&image.format, &image.reopening())
             .map_err(|error| error.op("create").path(path))?;
         let mut writer = Writer::new(plan, &*layer, job)?;
         let mut now = match self.snapshots.first() {

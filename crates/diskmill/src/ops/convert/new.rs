@@ -55,7 +55,7 @@ pub(super) fn with_snapshots(plan: &Plan, image: &NewImage, kept: &Kept, job: Jo
     let mut summary = fill_from(plan, start.builder, &source, job)?;
     kept.carry(plan, image, &start.target, job)?;
     if plan.bitmaps {
-        let layer = start.target.reopen(&image.format)?;
+        let layer = start.target.reopen(&image.format, &image.reopening())?;
         bitmaps::copy(plan, kept.top()?, &*layer)?;
         layer.flush()?;
     }
@@ -141,6 +141,7 @@ impl Start {
         );
         let mut spec = CreateSpec::new(create::whole_sectors(size)?);
         spec.options = options;
+        spec.secrets = image.secrets.for_image(&*image.target.shown);
         create::name_it(&mut spec, path(image));
         let mut below = None;
         if let Some(name) = backing {
@@ -202,7 +203,7 @@ impl Start {
         let source = reading.source;
         let mut summary = fill(plan, self.builder, reading, job)?;
         if let (true, Output::New(image)) = (plan.bitmaps, &plan.output) {
-            let layer = self.target.reopen(&image.format)?;
+            let layer = self.target.reopen(&image.format, &image.reopening())?;
             bitmaps::copy(plan, &**source.layer(0, 0)?, &*layer)?;
             layer.flush()?;
         }

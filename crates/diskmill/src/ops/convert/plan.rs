@@ -3,7 +3,7 @@
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 
-use diskmill_core::{Compression, Durability, Options};
+use diskmill_core::{Compression, Durability, OpenSpec, Options, Secrets};
 use diskmill_storage::CacheMode;
 
 use crate::open::{Around, OpenRequest};
@@ -117,6 +117,8 @@ pub struct NewImage {
     pub backing_format: Option<String>,
     /// How writes pass the host's cache (`-t`).
     pub cache: CacheMode,
+    /// The secrets its options name, and the passphrase it is to have if they name none.
+    pub secrets: Secrets,
     /// What is put around each file that is made.
     pub around: Option<Arc<dyn Around>>,
 }
@@ -131,10 +133,26 @@ impl NewImage {
             backing: None,
             backing_format: None,
             cache: CacheMode::Writeback,
+            secrets: Secrets::new(),
             around: None,
         }
     }
+
+    /// How the image is opened again once it is made: with the same key.
+    pub(crate) fn reopening(&self) -> OpenSpec {
+        let mut how = OpenSpec::default();
+        how.secrets = self.secrets.for_image(&*self.target.shown);
+        for name in KEY_OPTIONS {
+            if let Some(id) = self.options.text(name) {
+                how.options.set(name, id);
+            }
+        }
+        how
+    }
 }
+
+/// Options of new images that name a secret, and are called the same when the image is opened.
+const KEY_OPTIONS: [&str; 2] = ["encrypt.key-secret", "key-secret"];
 
 /// An image to overwrite.
 #[derive(Clone, Debug)]
