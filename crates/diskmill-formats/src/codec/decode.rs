@@ -28,6 +28,16 @@ pub enum DecodeError {
         /// Bytes it must hold.
         needed: u64,
     },
+    /// The stream is not in the file.
+    #[error("compressed cluster at {at:#x} with {len} bytes runs past the end of the file at {file_len:#x}")]
+    PastEnd {
+        /// Where it starts.
+        at: u64,
+        /// Its length.
+        len: u64,
+        /// The length of the file.
+        file_len: u64,
+    },
     /// There is no memory for the codec's state.
     #[error("no memory for the {codec} decoder")]
     Memory {

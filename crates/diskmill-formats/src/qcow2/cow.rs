@@ -315,7 +315,7 @@ impl Image {
         let len = self.data.len()?;
         let mut whole = vec![0; self.geometry.cluster_bits().cluster_len()];
         self.decoders
-            .read_cluster(self.data.as_ref(), len, span, &mut whole)?;
+            .read_unit(self.data.as_ref(), len, span, &mut whole)?;
         Ok(whole)
     }
 }

@@ -1,6 +1,6 @@
 //! Reading an image.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use diskmill_core::{
     DirtyRuns, Error, ErrorKind, Extent, Facts, FileIndex, Files, Format, GuestOffset, HostOffset, HostSpan,
@@ -11,19 +11,15 @@ use super::bitmap;
 use super::cache::{SLICE_BYTES, SliceCache};
 use super::header::{CompressionType, Header};
 use super::hollow::RefcountPlace;
-use super::map::{ClusterKind, CompressedSpan, Geometry, L1Entry, L2Entry};
+use super::map::{ClusterKind, Geometry, L1Entry, L2Entry};
 use super::run::{RunKind, Scan, split_entry};
 use super::snapshot;
-use crate::codec::{Codec, Decoder, UnitEncoder};
+use crate::codec::{Decoders, Packing, Scratch, read_clipped};
 
 /// Bytes of L2 tables that one call of [`Layer::map`] may look at.
 const L2_BYTES_PER_MAP: usize = 512 << 10;
 /// L1 entries without a table that one call of [`Layer::map`] may step over.
 const L1_PER_MAP: u32 = 64 << 10;
-/// Compressed bytes that are read at once.
-const BATCH_BYTES: u64 = 1 << 20;
-/// Bytes between two compressed clusters that are rather read than skipped.
-const BATCH_GAP: u64 = 64 << 10;
 
 /// What is wrong with a place an entry or a header points to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -116,7 +112,7 @@ pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &Open
         data_len,
         l1,
         cache: SliceCache::new(slice_len(geometry)),
-        decoders: Decoders::new(header.compression_type, geometry),
+        decoders: decoders(header.compression_type, geometry),
         refcounts: RefcountPlace::new(header),
         hollow: OnceLock::new(),
         files,
@@ -307,7 +303,7 @@ impl Qcow2Layer {
         let cluster_size = self.geometry.cluster_size();
         let end = at.plus(buf.len() as u64)?;
         let mut next = at.align_down(cluster_size);
-        scratch.spans.clear();
+        let mut spans = scratch.take_spans();
         while next < end {
             let Table::Entries(slice, from) = self.table(next)? else {
                 return Err(Error::bare(ErrorKind::Corrupt).guest(next));
@@ -321,57 +317,15 @@ impl Qcow2Layer {
                 if !entry.is_compressed() {
                     return Err(Error::bare(ErrorKind::Corrupt).guest(next));
                 }
-                scratch.spans.push(entry.span(self.geometry));
+                spans.push(entry.span(self.geometry));
                 next = next.plus(cluster_size)?;
             }
         }
         let storage = self.main()?;
-        let spans = std::mem::take(&mut scratch.spans);
-        let done = self.decode_spans(storage.as_ref(), scratch, &spans, at, buf);
-        scratch.spans = spans;
+        let file = (storage.as_ref(), self.main_len);
+        let done = self.decoders.read(scratch, file, &spans, at, buf);
+        scratch.keep_spans(spans);
         done
-    }
-
-    fn decode_spans(
-        &self,
-        storage: &dyn Storage,
-        scratch: &mut Scratch,
-        spans: &[CompressedSpan],
-        at: GuestOffset,
-        buf: &mut [u8],
-    ) -> Result<()> {
-        let mut at = at;
-        let mut rest_buf = buf;
-        let mut rest = spans;
-        while let Some((low, len, count)) = batch(rest) {
-            let (now, later) = rest.split_at_checked(count).unwrap_or((rest, &[]));
-            if low.get() >= self.main_len {
-                return Err(past_end("compressed cluster", low, len, self.main_len).guest(at));
-            }
-            let mut input = std::mem::take(&mut scratch.input);
-            let decoded = read_span(storage, self.main_len, low, len, &mut input).and_then(|()| {
-                for span in now {
-                    let from = usize::try_from(span.at.since(low)).unwrap_or(usize::MAX);
-                    let stream = input.get(from..).unwrap_or_default();
-                    let stream_len = usize::try_from(span.len).unwrap_or(usize::MAX).min(stream.len());
-                    let stream = stream.get(..stream_len).unwrap_or_default();
-                    let into = at.within(self.geometry.cluster_size());
-                    let room = self.geometry.cluster_size().saturating_sub(into);
-                    let take = usize::try_from(room).unwrap_or(usize::MAX).min(rest_buf.len());
-                    let (piece, after) = std::mem::take(&mut rest_buf).split_at_mut(take);
-                    scratch
-                        .decode(self.geometry, stream, into, piece)
-                        .map_err(|error| error.guest(at).host(span.at))?;
-                    rest_buf = after;
-                    at = at.plus(take as u64)?;
-                }
-                Ok(())
-            });
-            scratch.input = input;
-            decoded?;
-            rest = later;
-        }
-        Ok(())
     }
 }
 
@@ -502,142 +456,11 @@ fn first_word(entry: &[u8]) -> L2Entry {
     }
 }
 
-/// How many of `spans` to read at once, where they start and how many bytes they take.
-fn batch(spans: &[CompressedSpan]) -> Option<(HostOffset, u64, usize)> {
-    let first = spans.first()?;
-    let (mut low, mut high) = (first.at, first.end());
-    let mut count = 1_usize;
-    for span in spans.iter().skip(1) {
-        let near = span.at.get() <= high.get().saturating_add(BATCH_GAP)
-            && low.get() <= span.end().get().saturating_add(BATCH_GAP);
-        let (new_low, new_high) = (low.min(span.at), high.max(span.end()));
-        if !near || new_high.since(new_low) > BATCH_BYTES {
-            break;
-        }
-        (low, high) = (new_low, new_high);
-        count = count.saturating_add(1);
-    }
-    Some((low, high.since(low), count))
-}
-
-/// Fills `buf`; what lies past the end of the file, which is known to be at `len` or behind, is zeros.
-fn read_clipped(storage: &dyn Storage, len: u64, at: HostOffset, buf: &mut [u8]) -> Result<()> {
-    if at.saturating_add(buf.len() as u64).get() <= len {
-        storage.read_at(at, buf)
-    } else {
-        storage.read_padded(at, buf)
-    }
-}
-
-fn read_span(
-    storage: &dyn Storage,
-    file_len: u64,
-    at: HostOffset,
-    len: u64,
-    input: &mut Vec<u8>,
-) -> Result<()> {
-    // At most BATCH_BYTES, or one span: twice a cluster.
-    let len = usize::try_from(len).map_err(|_| Error::bare(ErrorKind::Unsupported))?;
-    input.resize(len, 0);
-    read_clipped(storage, file_len, at, input).map_err(|error| error.host(at))
-}
-
-/// Decoders with their buffers, lent to one reader at a time.
-#[derive(Debug)]
-pub(super) struct Decoders {
-    compression: CompressionType,
-    geometry: Geometry,
-    idle: Mutex<Vec<Scratch>>,
-}
-
-/// A decoder and its buffers.
-#[derive(Debug)]
-pub(super) struct Scratch {
-    decoder: Decoder,
-    input: Vec<u8>,
-    cluster: Vec<u8>,
-    spans: Vec<CompressedSpan>,
-}
-
-impl Decoders {
-    pub(super) fn new(compression: CompressionType, geometry: Geometry) -> Self {
-        Self {
-            compression,
-            geometry,
-            idle: Mutex::default(),
-        }
-    }
-
-    /// An encoder of what the decoders decode, at its default level.
-    pub(super) fn encoder(&self) -> Result<UnitEncoder> {
-        let codec = match self.compression {
-            CompressionType::Zlib => Codec::deflate(None, self.geometry.cluster_size())?,
-            CompressionType::Zstd => Codec::zstd(None)?,
-        };
-        UnitEncoder::new(Some(codec))
-    }
-
-    /// A decoder for the caller alone, until it is [put](Self::put) back.
-    pub(super) fn take(&self) -> Result<Scratch> {
-        if let Some(scratch) = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop() {
-            return Ok(scratch);
-        }
-        let decoder = match self.compression {
-            CompressionType::Zlib => Decoder::deflate(),
-            CompressionType::Zstd => Decoder::zstd().map_err(|error| Error::new(ErrorKind::Io, error))?,
-        };
-        Ok(Scratch {
-            decoder,
-            input: Vec::new(),
-            cluster: Vec::new(),
-            spans: Vec::new(),
-        })
-    }
-
-    pub(super) fn put(&self, scratch: Scratch) {
-        self.idle
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(scratch);
-    }
-
-    /// Reads one compressed cluster whole into `cluster`, which has its size. `file_len` is where the file ends.
-    pub(super) fn read_cluster(
-        &self,
-        storage: &dyn Storage,
-        file_len: u64,
-        span: CompressedSpan,
-        cluster: &mut [u8],
-    ) -> Result<()> {
-        if span.at.get() >= file_len {
-            return Err(past_end("compressed cluster", span.at, span.len, file_len));
-        }
-        let mut scratch = self.take()?;
-        let mut input = std::mem::take(&mut scratch.input);
-        let read = read_span(storage, file_len, span.at, span.len, &mut input)
-            .and_then(|()| scratch.decode(self.geometry, &input, 0, cluster));
-        scratch.input = input;
-        self.put(scratch);
-        read.map_err(|error| error.host(span.at))
-    }
-}
-
-impl Scratch {
-    /// Decodes a cluster and puts what it has from byte `into` on into `piece`.
-    fn decode(&mut self, geometry: Geometry, stream: &[u8], into: u64, piece: &mut [u8]) -> Result<()> {
-        let cluster_len = geometry.cluster_bits().cluster_len();
-        let decoded = if piece.len() == cluster_len {
-            self.decoder.decode(stream, piece)
-        } else {
-            self.cluster.resize(cluster_len, 0);
-            let decoded = self.decoder.decode(stream, &mut self.cluster);
-            let from = usize::try_from(into).unwrap_or(usize::MAX);
-            let part = self.cluster.get(from..).unwrap_or_default();
-            for (to, from) in piece.iter_mut().zip(part) {
-                *to = *from;
-            }
-            decoded
-        };
-        decoded.map_err(|error| Error::new(ErrorKind::Corrupt, error).format(Format::Qcow2))
-    }
+/// Decoders of the compressed clusters of an image.
+pub(super) fn decoders(compression: CompressionType, geometry: Geometry) -> Decoders {
+    let packing = match compression {
+        CompressionType::Zlib => Packing::Deflate,
+        CompressionType::Zstd => Packing::Zstd,
+    };
+    Decoders::new(packing, geometry.cluster_size(), Format::Qcow2)
 }

@@ -223,21 +223,8 @@ impl L1Entry {
     }
 }
 
-/// Where a compressed cluster is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CompressedSpan {
-    /// Its first byte, at any alignment.
-    pub at: HostOffset,
-    /// Bytes up to the end of the last sector it may use; it may be shorter, and the file may end before.
-    pub len: u64,
-}
-
-impl CompressedSpan {
-    /// The byte behind it.
-    pub const fn end(self) -> HostOffset {
-        self.at.saturating_add(self.len)
-    }
-}
+/// Where a compressed cluster is: up to the end of the last sector it may use.
+pub use crate::codec::PackedSpan as CompressedSpan;
 
 /// An entry of an L2 table, without the subcluster bitmap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

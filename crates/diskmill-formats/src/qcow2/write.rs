@@ -17,12 +17,13 @@ use diskmill_core::{
 use super::bitmap::Store;
 use super::flight::{Flights, Hold};
 use super::header::{Autoclear, Header, Incompatible, Version};
-use super::layer::{Decoders, data_index};
+use super::layer::{data_index, decoders};
 use super::map::{CompressedSpan, Geometry};
 use super::slot::{Place, Slot};
 use super::snapshot;
 use super::snapshot::write::SnapshotTable;
 use super::tables::{Reclaim, Tables, past_end};
+use crate::codec::Decoders;
 
 /// Where the header keeps its incompatible features.
 const HEADER_INCOMPATIBLE_AT: usize = 72;
@@ -142,7 +143,7 @@ impl Image {
         Ok(Self {
             facts,
             geometry,
-            decoders: Decoders::new(header.compression_type, geometry),
+            decoders: decoders(header.compression_type, geometry),
             is_v3: AtomicBool::new(geometry.version() == Version::V3),
             backed: AtomicBool::new(header.backing_name.is_some()),
             raw_data_file: geometry.data_file() && header.autoclear.has(Autoclear::RAW_DATA_FILE),

@@ -6,11 +6,11 @@ use std::thread;
 use diskmill_core::{EncodedKind, Encoder, Error, ErrorKind, Format, HostOffset, Result};
 
 use super::super::header::CompressionType;
-use super::super::layer::Decoders;
+use super::super::layer::decoders;
 use super::super::map::{ClusterKind, CompressedSpan, L2Entry};
 use super::super::slot::all;
 use super::work::{Entry, Work};
-use crate::codec::{Codec, UnitEncoder};
+use crate::codec::{Codec, Decoders, UnitEncoder};
 
 /// Plain bytes that are compressed together.
 const BATCH_BYTES: u64 = 8 << 20;
@@ -388,7 +388,7 @@ impl Work<'_> {
         if streams.is_empty() {
             return Ok(());
         }
-        let decoders = Decoders::new(self.header.compression_type, self.geometry);
+        let decoders = decoders(self.header.compression_type, self.geometry);
         let mut packer = Packer::default();
         let mut moved: HashMap<u64, Option<L2Entry>> = HashMap::new();
         for (_, table) in tables {
@@ -459,7 +459,7 @@ impl Work<'_> {
             let mut cluster = vec![0; self.geometry.cluster_bits().cluster_len()];
             let file_len = self.main.len()?;
             if decoders
-                .read_cluster(self.main.as_ref(), file_len, tight, &mut cluster)
+                .read_unit(self.main.as_ref(), file_len, tight, &mut cluster)
                 .is_err()
             {
                 // It is damaged, or ends where none should. It stays.
