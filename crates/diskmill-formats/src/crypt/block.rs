@@ -1,0 +1,61 @@
+//! Block ciphers behind one face: whole blocks in place, many at once.
+
+use cipher::array::Array;
+use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
+
+use super::CryptError;
+use super::cipher::CipherAlg;
+
+/// A cipher with a key. Buffers are whole blocks; a rest is left as it is.
+pub(super) trait BlockCipher: Send + Sync {
+    /// Encrypts every block by itself.
+    fn encrypt(&self, blocks: &mut [u8]);
+
+    /// Decrypts every block by itself.
+    fn decrypt(&self, blocks: &mut [u8]);
+}
+
+struct Keyed<C>(C);
+
+impl<C: BlockCipherEncrypt + BlockCipherDecrypt + Send + Sync> BlockCipher for Keyed<C> {
+    fn encrypt(&self, blocks: &mut [u8]) {
+        let (blocks, _) = Array::<u8, C::BlockSize>::slice_as_chunks_mut(blocks);
+        self.0.encrypt_blocks(blocks);
+    }
+
+    fn decrypt(&self, blocks: &mut [u8]) {
+        let (blocks, _) = Array::<u8, C::BlockSize>::slice_as_chunks_mut(blocks);
+        self.0.decrypt_blocks(blocks);
+    }
+}
+
+/// `alg` with `key`. The key schedule is wiped when it is dropped.
+pub(super) fn keyed(alg: CipherAlg, key: &[u8]) -> Result<Box<dyn BlockCipher>, CryptError> {
+    fn make<C>(alg: CipherAlg, key: &[u8]) -> Result<Box<dyn BlockCipher>, CryptError>
+    where
+        C: KeyInit + BlockCipherEncrypt + BlockCipherDecrypt + Send + Sync + 'static,
+    {
+        let wrong = || CryptError::KeyLen {
+            cipher: alg.name().to_owned(),
+            len: key.len(),
+        };
+        // Some of these ciphers take further lengths, which no name here stands for.
+        if key.len() != alg.key_len() {
+            return Err(wrong());
+        }
+        let cipher = C::new_from_slice(key).map_err(|_| wrong())?;
+        Ok(Box::new(Keyed(cipher)))
+    }
+    match alg {
+        CipherAlg::Aes128 => make::<aes::Aes128>(alg, key),
+        CipherAlg::Aes192 => make::<aes::Aes192>(alg, key),
+        CipherAlg::Aes256 => make::<aes::Aes256>(alg, key),
+        CipherAlg::Serpent128 | CipherAlg::Serpent192 | CipherAlg::Serpent256 => {
+            make::<serpent::Serpent>(alg, key)
+        }
+        CipherAlg::Twofish128 | CipherAlg::Twofish192 | CipherAlg::Twofish256 => {
+            make::<twofish::Twofish>(alg, key)
+        }
+        CipherAlg::Cast5 => make::<cast5::Cast5>(alg, key),
+    }
+}
