@@ -73,6 +73,26 @@ pub enum Reserve {
     Zeros,
 }
 
+/// A change of options that an image was made with.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Amendment {
+    /// What is to be changed.
+    pub options: Options,
+    /// Do also what could make an encrypted image unreadable for good.
+    pub force: bool,
+}
+
+impl Amendment {
+    /// A change of `options` that does no harm.
+    pub fn new(options: Options) -> Self {
+        Self {
+            options,
+            force: false,
+        }
+    }
+}
+
 /// One image, open for changing in place.
 ///
 /// Every method leaves an image that a power cut cannot corrupt: space may leak, data that was flushed is there.
@@ -132,8 +152,8 @@ pub trait LayerMut: Layer {
     /// Changes options the image was made with: those of [`Driver::amend_options`](crate::Driver::amend_options). All
     /// are looked at before anything is changed, and each is then changed in a step that a power cut leaves done or
     /// undone. An error of kind [`ErrorKind::Unsupported`] if the format has no such thing.
-    fn amend(&self, options: &Options, below: &Chain, job: Job<'_>) -> Result<()> {
-        let _ = (options, below, job);
+    fn amend(&self, wish: &Amendment, below: &Chain, job: Job<'_>) -> Result<()> {
+        let _ = (wish, below, job);
         Err(Error::new(
             ErrorKind::Unsupported,
             "the format has no options that could be changed",

@@ -42,7 +42,7 @@ pub use driver::{
 pub use error::{Context, Error, ErrorKind, Result};
 pub use extent::{Extent, FileIndex, HostSpan, State};
 pub use facts::{BackingName, BitmapFacts, Facts, Identity, SnapshotFacts, Value};
-pub use layer::{Layer, LayerMut, Reserve};
+pub use layer::{Amendment, Layer, LayerMut, Reserve};
 pub use limits::Limits;
 pub use options::{OptionError, OptionKind, OptionSpec, Options, parse_size};
 pub use progress::{Job, Observer, Silent};

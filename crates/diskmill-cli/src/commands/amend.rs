@@ -83,7 +83,8 @@ impl Run for AmendArgs {
                 return print_options(ui, driver(format)?);
             }
         };
-        let request = AmendRequest::new(request, options);
+        let mut request = AmendRequest::new(request, options);
+        request.force = self.force;
         let quiet = self.quiet;
         let progress = Progress::begin(ui, style)?;
         let done = run(

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_core::{
-    BackingName, BitmapFacts, Bitmaps, Chain, DirtyRuns, Encoder, Error, ErrorKind, Extent, Facts, FileIndex,
-    FilesMut, Format, GuestOffset, HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Options, Repair,
+    Amendment, BackingName, BitmapFacts, Bitmaps, Chain, DirtyRuns, Encoder, Error, ErrorKind, Extent, Facts,
+    FileIndex, FilesMut, Format, GuestOffset, HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Repair,
     Reserve, Result, SnapshotFacts, Snapshots, State as RunState, Storage, StorageMut, Stored, ZeroHow,
 };
 
@@ -577,8 +577,8 @@ impl LayerMut for Image {
         self.change_backing(backing)
     }
 
-    fn amend(&self, options: &Options, below: &Chain, job: Job<'_>) -> Result<()> {
-        self.amend_all(options, below, job)
+    fn amend(&self, wish: &Amendment, below: &Chain, job: Job<'_>) -> Result<()> {
+        self.amend_all(&wish.options, below, job)
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

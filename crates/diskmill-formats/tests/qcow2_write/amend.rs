@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicBool;
 
-use diskmill_core::{ErrorKind, Job, Options, Silent};
+use diskmill_core::{Amendment, ErrorKind, Job, Options, Silent};
 use diskmill_formats::qcow2::read_header;
 use diskmill_storage::Memory;
 use diskmill_testkit::crash::{Effect, Effort, Figures, Tale};
@@ -14,7 +14,7 @@ use super::model::seed;
 use super::subject;
 
 fn amend(disks: &Disks, image: &Image, wish: &str) -> diskmill_core::Result<()> {
-    images::open(disks)?.amend(&Options::parse(wish), &image.below, Job::silent())
+    images::open(disks)?.amend(&Amendment::new(Options::parse(wish)), &image.below, Job::silent())
 }
 
 /// Changes options in these steps, and cuts the power in every place. Whatever had been written before each step is
@@ -179,7 +179,9 @@ fn what_is_refused_or_stopped_changes_nothing() {
         let image = images::named(name).make();
         let disks = images::memory(&image.files);
         let layer = images::open(&disks).expect("open");
-        let error = layer.amend(&Options::parse(wish), &image.below, job).unwrap_err();
+        let error = layer
+            .amend(&Amendment::new(Options::parse(wish)), &image.below, job)
+            .unwrap_err();
         assert_eq!(error.kind(), kind, "{name}, {wish}: {error:?}");
         layer.flush().expect("flush");
         drop(layer);

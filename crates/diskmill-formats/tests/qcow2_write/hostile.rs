@@ -167,7 +167,7 @@ fn options_of_damaged_images_change_or_do_not_but_it_ends() {
             ] {
                 let disks = images::memory(&files);
                 if let Ok(layer) = images::open(&disks) {
-                    let wish = diskmill_core::Options::parse(wish);
+                    let wish = diskmill_core::Amendment::new(diskmill_core::Options::parse(wish));
                     let _ = layer.amend(&wish, &image.below, diskmill_core::Job::silent());
                 }
             }

@@ -1,6 +1,6 @@
 //! Changing options that an image was made with.
 
-use diskmill_core::{Error, ErrorKind, Format, Job, Options, Result};
+use diskmill_core::{Amendment, Error, ErrorKind, Format, Job, Options, Result};
 
 use crate::open::{self, OpenRequest, OpenWarning};
 
@@ -12,12 +12,18 @@ pub struct AmendRequest {
     pub open: OpenRequest,
     /// What is to be changed, of the format's [`Driver::amend_options`](diskmill_core::Driver::amend_options).
     pub options: Options,
+    /// Do also what could make an encrypted image unreadable for good (`--force`).
+    pub force: bool,
 }
 
 impl AmendRequest {
     /// A change of `options`.
     pub fn new(open: OpenRequest, options: Options) -> Self {
-        Self { open, options }
+        Self {
+            open,
+            options,
+            force: false,
+        }
     }
 }
 
@@ -43,8 +49,10 @@ pub fn run(request: &AmendRequest, warn: &mut dyn FnMut(&OpenWarning), job: Job<
             .op("amend")
             .path(path));
     }
+    let mut wish = Amendment::new(request.options.clone());
+    wish.force = request.force;
     image
         .top
-        .amend(&request.options, &image.below, job)
+        .amend(&wish, &image.below, job)
         .map_err(|error| error.op("amend").path(path))
 }
