@@ -5,6 +5,8 @@ mod support;
 
 #[path = "qcow2_damage/cases.rs"]
 mod cases;
+#[path = "qcow2_damage/overlaps.rs"]
+mod overlaps;
 #[path = "qcow2_damage/repair.rs"]
 mod repair;
 

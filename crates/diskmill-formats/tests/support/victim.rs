@@ -85,6 +85,10 @@ impl Victim {
         u64::from_be_bytes(peek(&self.path, at, 8).try_into().unwrap())
     }
 
+    pub fn u32(&self, at: u64) -> u32 {
+        u32::from_be_bytes(peek(&self.path, at, 4).try_into().unwrap())
+    }
+
     pub fn set(&self, at: u64, value: u64) {
         patch(&self.path, at, &value.to_be_bytes());
     }

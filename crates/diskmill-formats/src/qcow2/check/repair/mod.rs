@@ -6,8 +6,9 @@
 //! 3. The plan is carried out ([`Plan::apply`]) in an order that is safe at every point: structures at places that
 //!    nothing uses, then the header that names them; counts that rise, then entries, then counts that fall. Each step
 //!    is durable before the next. A repair that was stopped is simply repeated.
-//! 4. The image is checked again, which is also what is reported; only if it is sound the bits in the header that say
-//!    dirty and corrupt are cleared.
+//! 4. The image is checked again, which is also what is reported. Where structures lay upon one another, putting one
+//!    right has changed the other: what is found then is repaired in turn, a few times at most.
+//! 5. Only if the image is sound the bits in the header that say dirty and corrupt are cleared.
 
 mod apply;
 mod plan;
@@ -32,6 +33,8 @@ use super::survey::{Found, Survey};
 use plan::{Plan, Wish};
 use view::{Mender, View};
 
+/// How often an image is repaired anew because structures that lay upon one another changed with what was repaired.
+const ROUNDS: usize = 8;
 /// Where the header keeps its incompatible features.
 const HEADER_INCOMPATIBLE_AT: usize = 72;
 
@@ -74,14 +77,23 @@ pub(in super::super) fn run(
     let first = mend(header, main, how, what, job)?;
     let main_read: &dyn Storage = main.as_ref();
     let mut report = first.report;
-    if first.changed {
+    if first.written || first.corruptions > 0 {
         let quiet = Job {
             observer: &Silent,
             cancel: job.cancel,
         };
-        let header = read_header(main_read)?;
-        let second = super::check(&header, main_read, how, quiet)?;
-        report = merge(report, second, first.corruptions, first.leaks);
+        let mut written = first.written;
+        let mut left = super::check(&read_header(main_read)?, main_read, how, quiet)?;
+        for _ in 0..ROUNDS {
+            if !written || what == Repair::Leaks || is_clean(&left) {
+                break;
+            }
+            written = mend(&read_header(main_read)?, main, how, what, quiet)?.written;
+            if written {
+                left = super::check(&read_header(main_read)?, main_read, how, quiet)?;
+            }
+        }
+        report = merge(report, left, first.corruptions, first.leaks);
     }
     if report.corruptions == 0 && report.check_errors == 0 {
         clear_bits(main)?;
@@ -94,7 +106,7 @@ struct Mended {
     /// What was found, as a check of the image as it was.
     report: CheckReport,
     /// Whether anything was written.
-    changed: bool,
+    written: bool,
     /// Contradictions and leaks that were put right, unless they are found again.
     corruptions: u64,
     leaks: u64,
@@ -167,8 +179,7 @@ fn mend(
     let report = super::report(&ground, notes, &disk);
     Ok(Mended {
         report,
-        // What cannot be put right is found again, and so not counted as if it had been.
-        changed: plan.apply(&wanted, &view, main)? || corruptions > 0,
+        written: plan.apply(&wanted, &view, main)?,
         corruptions,
         leaks,
     })
@@ -202,20 +213,25 @@ fn leaks(
     let wrong = copied::compare(ground, &view, &found, truth, &mut notes)?;
     let corruptions = notes.counters.corruptions.saturating_sub(before);
     let leaks = notes.counters.leaks;
-    let mut changed = false;
+    let mut written = false;
     if lower || flags && corruptions > 0 {
         let mut plan = Plan::of_leaks(disk.blocks.clone(), counts);
         if flags {
             plan.list_tables(&view, &found, wrong);
         }
-        changed = plan.apply(ground, &view, main)?;
+        written = plan.apply(ground, &view, main)?;
     }
     Ok(Mended {
         report: super::report(ground, notes, &disk),
-        changed,
+        written,
         corruptions: if flags { corruptions } else { 0 },
         leaks,
     })
+}
+
+/// Whether a check found nothing.
+fn is_clean(report: &CheckReport) -> bool {
+    report.corruptions == 0 && report.leaks == 0 && report.check_errors == 0
 }
 
 /// The report of a repair: what is left, and what was put right.

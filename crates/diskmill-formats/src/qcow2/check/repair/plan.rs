@@ -45,7 +45,7 @@ impl Wish {
             new_l1: None,
             patches: Vec::new(),
         };
-        wish.active_l1(ground, found);
+        wish.active_l1(ground, found, counts);
         if found.bitmaps_faulty {
             // What they say is lost, and a backup that relied on it becomes a full one; nothing else is.
             wish.header.autoclear = wish.header.autoclear.with(Autoclear::BITMAPS, false);
@@ -57,15 +57,21 @@ impl Wish {
         wish
     }
 
-    fn active_l1(&mut self, ground: &Ground<'_>, found: &Found) {
+    fn active_l1(&mut self, ground: &Ground<'_>, found: &Found, counts: &Counts) {
         let needed = ground.geometry.l1_entries(ground.header.virtual_size());
+        let runs_on = |l1: &L1Place| {
+            let [inside, all] = [needed, l1.entries.into()]
+                .map(|entries| ground.clusters_of(l1.at, entries.saturating_mul(8)));
+            (inside.end.max(all.start)..all.end).any(|cluster| counts.get(cluster) > l1.weight)
+        };
         let wanted = match found.l1s.iter().find(|l1| l1.active) {
             None if ground.header.l1_size > 0 => {
                 self.new_l1 = Some(needed);
                 0
             }
-            // Behind what the disk needs there is nothing but the machine state of a snapshot being made.
-            Some(l1) if l1.first_fault.is_some_and(|first| first >= needed) => needed,
+            // Behind what the disk needs there is nothing but the machine state of a snapshot being made, or, where the
+            // table runs on into other structures, what they say.
+            Some(l1) if l1.first_fault.is_some_and(|first| first >= needed) || runs_on(l1) => needed,
             _ => return,
         };
         self.header.l1_size = u32::try_from(wanted).unwrap_or(0);

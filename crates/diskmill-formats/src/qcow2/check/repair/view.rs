@@ -63,8 +63,8 @@ pub(in super::super) struct Mender<'a> {
 }
 
 impl<'a> Mender<'a> {
-    /// What mends the image that `found` and `counts` describe, if there is anything to mend. `fixed` counts clusters of structures that are no L2
-    /// tables for certain.
+    /// What mends the image that `found` and `counts` describe, if there is anything to mend. `fixed` counts clusters of
+    /// structures that are no L2 tables for certain.
     pub(super) fn new(
         ground: &Ground<'_>,
         found: &'a Found,
@@ -85,6 +85,12 @@ impl<'a> Mender<'a> {
             data_file: ground.geometry.data_file(),
             backed: ground.header.backing_name.is_some(),
         };
+        // A snapshot table without a fault is one.
+        let snapshots = &found.snapshots;
+        let listed = match snapshots.place {
+            Some((at, len)) if !snapshots.faulty => ground.clusters_of(at, len),
+            _ => 0..0,
+        };
         let mut doomed = HashSet::new();
         for (at, user) in &found.tables {
             let at = HostOffset::new(*at);
@@ -95,6 +101,7 @@ impl<'a> Mender<'a> {
                 mender.overlaps.push(at);
                 doomed.insert(at.get());
             } else if moved && !mender.sole(place, user.total)
+                || suspect && listed.contains(&ground.cluster(place))
                 || suspect && !mender.is_table(ground, at, place)
             {
                 doomed.insert(at.get());
