@@ -100,27 +100,6 @@ pub enum QueuedWrite<'a> {
 }
 
 impl QueuedWrite<'_> {
-    /// Encrypts what is to be encrypted: it is a plain write of bytes then.
-    fn seal(&mut self) -> Result<()> {
-        if let Self::Sealed {
-            file,
-            at,
-            guest,
-            bytes,
-            sealer,
-        } = self
-        {
-            let mut sealed = std::mem::take(bytes).into_owned();
-            sealer.seal(*guest, *at, &mut sealed)?;
-            *self = Self::Bytes {
-                file: *file,
-                at: *at,
-                bytes: Cow::Owned(sealed),
-            };
-        }
-        Ok(())
-    }
-
     fn position(&self) -> (FileIndex, HostOffset) {
         match self {
             Self::Bytes { file, at, .. } | Self::Sealed { file, at, .. } => (*file, *at),
@@ -187,16 +166,15 @@ impl<'a> Writes<'a> {
         &self.queue
     }
 
-    /// Makes all changes, in rising order and writes that follow one another joined, and empties the queue.
+    /// Makes all changes, in rising order and writes that follow one another joined, and empties the queue. What is to be
+    /// encrypted is, a piece at a time.
     pub fn perform(&mut self, files: &[Arc<dyn StorageMut>]) -> Result<()> {
         let mut queue = std::mem::take(&mut self.queue);
         queue.sort_by_key(QueuedWrite::position);
-        for write in &mut queue {
-            write.seal()?;
-        }
         let mut start: Option<(FileIndex, HostOffset)> = None;
         let mut end = HostOffset::ZERO;
         let mut slices: Vec<IoSlice<'_>> = Vec::new();
+        let mut sealed = Sealed::default();
         for write in &queue {
             match write {
                 QueuedWrite::Bytes { file, at, bytes } => {
@@ -208,15 +186,74 @@ impl<'a> Writes<'a> {
                     slices.push(IoSlice::new(bytes));
                     end = at.plus(bytes.len() as u64)?;
                 }
-                // None is left: they have become bytes, and guest data must never reach a file as it is.
-                QueuedWrite::Sealed { .. } => return Err(Error::bare(ErrorKind::Usage)),
+                QueuedWrite::Sealed {
+                    file,
+                    at,
+                    guest,
+                    bytes,
+                    sealer,
+                } => {
+                    let (mut at, mut guest) = (*at, *guest);
+                    for piece in bytes.chunks(SEALED) {
+                        sealed.add(files, (*file, at), guest, piece, sealer.as_ref())?;
+                        at = at.plus(piece.len() as u64)?;
+                        guest = guest.plus(piece.len() as u64)?;
+                    }
+                }
                 QueuedWrite::Zero { file, range, how } => {
                     flush_slices(files, start.take(), &mut slices)?;
                     find(files, *file)?.zero(range.clone(), *how)?;
                 }
             }
         }
-        flush_slices(files, start, &mut slices)
+        flush_slices(files, start, &mut slices)?;
+        sealed.flush(files)
+    }
+}
+
+/// Bytes that are encrypted and written at once: they stay in the processor's cache from the one to the other.
+const SEALED: usize = 256 << 10;
+
+/// Encrypted bytes on their way into a file.
+#[derive(Debug, Default)]
+struct Sealed {
+    start: Option<(FileIndex, HostOffset)>,
+    bytes: Vec<u8>,
+}
+
+impl Sealed {
+    /// Encrypts `piece`, at most [`SEALED`] bytes, and keeps it for the next write, which is made now unless the piece
+    /// follows what is there.
+    fn add(
+        &mut self,
+        files: &[Arc<dyn StorageMut>],
+        place: (FileIndex, HostOffset),
+        guest: GuestOffset,
+        piece: &[u8],
+        sealer: &dyn Sealer,
+    ) -> Result<()> {
+        let known = self.bytes.len();
+        let follows = self
+            .start
+            .is_some_and(|(file, at)| place.0 == file && at.checked_add(known as u64) == Some(place.1));
+        if !follows || known.saturating_add(piece.len()) > SEALED {
+            self.flush(files)?;
+            self.start = Some(place);
+        }
+        let known = self.bytes.len();
+        self.bytes.extend_from_slice(piece);
+        match self.bytes.get_mut(known..) {
+            Some(added) => sealer.seal(guest, place.1, added),
+            None => Ok(()),
+        }
+    }
+
+    fn flush(&mut self, files: &[Arc<dyn StorageMut>]) -> Result<()> {
+        if let Some((file, at)) = self.start.take() {
+            find(files, file)?.write_at(at, &self.bytes)?;
+        }
+        self.bytes.clear();
+        Ok(())
     }
 }
 
