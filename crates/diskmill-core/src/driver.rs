@@ -106,6 +106,9 @@ pub struct OpenSpec {
     pub for_check: bool,
     /// Where the key of an encrypted image comes from. Without one it opens all the same; its data cannot be read.
     pub secrets: Secrets,
+    /// The file that holds the image's header, if the user says that is apart from the data: [`Driver::parse`] reads
+    /// the header here, and attaching gets the same file as [`Role::Header`].
+    pub header: Option<Arc<dyn Storage>>,
 }
 
 /// How to compress.

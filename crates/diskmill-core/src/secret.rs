@@ -46,6 +46,12 @@ pub enum SecretError {
     /// A second one of the same name.
     #[error("there is already a secret with id '{0}'")]
     Duplicate(String),
+    /// An encrypted image, and nothing says what its key is. What comes with it is the option that would.
+    #[error("the image is encrypted and nothing says what its key is ({0} would)")]
+    Missing(&'static str),
+    /// It is no text, and only text is taken for a passphrase, as `qemu-img` does.
+    #[error("the secret '{0}' is not valid UTF-8")]
+    NotText(String),
 }
 
 impl From<SecretError> for Error {
@@ -57,7 +63,7 @@ impl From<SecretError> for Error {
 /// The secrets an operation may use: some by id, and one for images that name none.
 #[derive(Clone, Debug, Default)]
 pub struct Secrets {
-    named: BTreeMap<String, Secret>,
+    named: BTreeMap<String, Result<Secret, SecretError>>,
     passphrase: Option<Secret>,
     ask: Option<Arc<dyn Ask>>,
     image: String,
@@ -75,8 +81,28 @@ impl Secrets {
         if self.named.contains_key(&id) {
             return Err(SecretError::Duplicate(id).into());
         }
-        self.named.insert(id, secret);
+        self.named.insert(id, Ok(secret));
         Ok(())
+    }
+
+    /// Adds one that cannot be used, which is an error only for whoever asks for it.
+    pub fn add_unfit(&mut self, id: impl Into<String>, why: SecretError) -> Result<()> {
+        let id = id.into();
+        if self.named.contains_key(&id) {
+            return Err(SecretError::Duplicate(id).into());
+        }
+        self.named.insert(id, Err(why));
+        Ok(())
+    }
+
+    /// The same secrets without any for images that name none: nobody is asked.
+    #[must_use]
+    pub fn only_named(&self) -> Self {
+        Self {
+            passphrase: None,
+            ask: None,
+            ..self.clone()
+        }
     }
 
     /// Takes `passphrase` for every image that names no secret.
@@ -100,9 +126,20 @@ impl Secrets {
 
     /// The secret called `id`. An error with a [`SecretError`] if there is none.
     pub fn named(&self, id: &str) -> Result<&Secret> {
-        self.named
-            .get(id)
-            .ok_or_else(|| SecretError::Unknown(id.to_owned()).into())
+        match self.named.get(id) {
+            Some(Ok(secret)) => Ok(secret),
+            Some(Err(why)) => Err(why.clone().into()),
+            None => Err(SecretError::Unknown(id.to_owned()).into()),
+        }
+    }
+
+    /// Whether there is a secret for an image that names `id`, or names none, or somebody to ask for it. Nobody is
+    /// asked.
+    pub fn offer(&self, id: Option<&str>) -> bool {
+        match id {
+            Some(_) => true,
+            None => self.passphrase.is_some() || self.ask.is_some(),
+        }
     }
 
     /// The secret for an image that names `id`, or names none: then the passphrase for all such images, or what
@@ -144,6 +181,17 @@ mod tests {
         let missing = secrets.find(Some("t")).unwrap_err();
         assert!(missing.find::<SecretError>().is_some());
         assert!(secrets.add("s", Secret::new(Vec::new())).is_err());
+        assert!(secrets.add_unfit("s", SecretError::NotText("s".into())).is_err());
+        assert!(secrets.offer(None) && !secrets.only_named().offer(None));
+        assert!(secrets.only_named().find(None).unwrap().is_none());
+    }
+
+    #[test]
+    fn one_that_cannot_be_used_says_so_when_it_is_asked_for() {
+        let mut secrets = Secrets::new();
+        secrets.add_unfit("s", SecretError::NotText("s".into())).unwrap();
+        let unfit = secrets.find(Some("s")).unwrap_err();
+        assert!(matches!(unfit.find(), Some(SecretError::NotText(id)) if id == "s"));
     }
 
     #[test]

@@ -2,8 +2,8 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 
 use clap::Args;
-use diskmill::ops::check::{CheckUnsupported, Checked, is_encrypted, repair, run};
-use diskmill_core::{CheckReport, Error, ErrorKind, FindingKind, Format, Repair};
+use diskmill::ops::check::{CheckUnsupported, Checked, repair, run};
+use diskmill_core::{CheckReport, FindingKind, Format, Repair};
 
 use super::{LookArgs, Run, package};
 use crate::error::{Failure, Frame};
@@ -58,12 +58,6 @@ impl Run for CheckArgs {
             && let Some(package) = package::look(ui, name, &request)?
         {
             return package::check(&package, name, json, self.quiet, ui);
-        }
-        // Opening it will say what else is wrong.
-        if ui.drop_in() && is_encrypted(&request).unwrap_or(false) {
-            let text = "Parameter 'encrypt.key-secret' is required for cipher";
-            let error = Error::new(ErrorKind::Usage, text);
-            return Err(Failure::open(name, error));
         }
         let progress = Progress::begin(ui, Style::None)?;
         let checked = match what {

@@ -37,7 +37,8 @@ impl Run for InfoArgs {
         let [name] = self.names.as_slice() else {
             return Err(Failure::usage_help("Expecting one image file name"));
         };
-        let request = self.look.request(ui, name, None)?;
+        let mut request = self.look.request(ui, name, None)?;
+        request.needs_keys = false;
         if let Some(package) = package::look(ui, name, &request)? {
             ui.print(package::describe(&package, json, ui))?;
             return Ok(Exit::OK);

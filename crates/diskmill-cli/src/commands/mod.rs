@@ -332,6 +332,7 @@ impl Source<'_> {
         request.snapshot = self.snapshot.clone();
         request.present_size = ui.drop_in();
         request.packages = !ui.drop_in();
+        request.needs_keys = ui.drop_in();
         request.disk = self.disk.clone();
         Ok(request)
     }

@@ -4,7 +4,7 @@ use diskmill::ops::compare::CompareError;
 use diskmill::ops::convert::{BitmapNotCopied, ConvertError};
 use diskmill::ops::create::CreateError;
 use diskmill::ops::resize::{Preallocation, ResizeError};
-use diskmill_core::{BitmapError, Error, OptionError};
+use diskmill_core::{BitmapError, Error, OptionError, SecretError};
 use diskmill_formats::qcow2;
 
 use super::reason::{capital, text};
@@ -58,6 +58,9 @@ pub fn of(error: &Error) -> Option<String> {
         return Some(format!(
             "Cannot decrease refcount entry width to {bits} bits: Cluster at offset {at:#x} has a refcount of {count}"
         ));
+    }
+    if let Some(secret) = error.find::<SecretError>() {
+        return Some(secret_text(secret));
     }
     if let Some(option) = error.find::<OptionError>() {
         return Some(option_text(option));
@@ -161,6 +164,19 @@ fn amend_text(error: &qcow2::amend::AmendError) -> String {
         AmendError::OldZstd => {
             "Cannot downgrade an image with zstd compression type and existing compressed clusters".to_owned()
         }
+        other => capital(&other.to_string()),
+    }
+}
+
+/// What is said of a secret that is not there or no good.
+pub fn secret_text(secret: &SecretError) -> String {
+    match secret {
+        SecretError::Unknown(id) => format!("No secret with id '{id}'"),
+        SecretError::Duplicate(id) => {
+            format!("attempt to add duplicate property '{id}' to object (type 'container')")
+        }
+        SecretError::Missing(option) => format!("Parameter '{option}' is required for cipher"),
+        SecretError::NotText(id) => format!("Data from secret {id} is not valid UTF-8"),
         other => capital(&other.to_string()),
     }
 }

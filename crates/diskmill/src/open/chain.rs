@@ -16,7 +16,7 @@ use super::parent::check_identity;
 use super::understand::{Place, open_file};
 use super::{Image, ImageMut, Node, OpenError, OpenRequest, OpenWarning, Understood, resolve_name};
 use crate::policy::References;
-use crate::spec::{BackingSpec, ImageSpec};
+use crate::spec::{BackingSpec, ImageSpec, SpecError};
 
 /// Opens the images of one disk.
 #[derive(Debug)]
@@ -173,14 +173,32 @@ impl<'a> Opener<'a> {
                 spec: spec.as_ref().clone(),
                 format: None,
             })),
-            BackingSpec::Own => match &image.parsed.facts().backing {
-                _ if !self.request.backing => Ok(None),
-                Some(name) => self.named(image.file.path(), name).map(Some),
-                None => match image.parsed.facts().parent {
-                    Some(parent) => self.parent(image, parent).map(Some),
-                    None => Ok(None),
-                },
+            BackingSpec::Own => self.own_backing(image),
+            BackingSpec::OwnWith(how) => match self.own_backing(image)? {
+                Some(mut backing) => {
+                    backing.format = how.driver.clone().or(backing.format);
+                    backing.spec.open_as(how.as_ref().clone());
+                    Ok(Some(backing))
+                }
+                None if !self.request.backing => Ok(None),
+                None => {
+                    let error = Error::from(SpecError::NeitherDriverNorFile);
+                    Err(Error::new(error.kind(), OpenError::Backing(error))
+                        .op("open")
+                        .path(image.file.path()))
+                }
             },
+        }
+    }
+
+    /// What `image` says itself that it is backed by.
+    fn own_backing(&self, image: &Understood) -> Result<Option<Backing>> {
+        let facts = image.parsed.facts();
+        match (&facts.backing, facts.parent) {
+            _ if !self.request.backing => Ok(None),
+            (Some(name), _) => self.named(image.file.path(), name).map(Some),
+            (None, Some(parent)) => self.parent(image, parent).map(Some),
+            (None, None) => Ok(None),
         }
     }
 
@@ -323,7 +341,23 @@ impl<'a> Opener<'a> {
     pub(crate) fn hosts(&self, image: &Understood, data: &[(Role, Arc<File>)]) -> FilesMut {
         let mut files = vec![(Role::Main, self.request.host(&image.file))];
         files.extend(data.iter().map(|(role, file)| (*role, self.request.host(file))));
+        if let Some(header) = &image.header {
+            files.push((Role::Header, self.request.host(header)));
+        }
         files
+    }
+
+    /// Fails if the key that is given is not that of `image`, where that can be told and the request cares.
+    pub(crate) fn try_key(&self, image: &Understood, data: &[(Role, Arc<File>)]) -> Result<()> {
+        if !self.request.needs_keys || !image.parsed.facts().encrypted {
+            return Ok(());
+        }
+        let main: Arc<dyn Storage> = image.file.clone();
+        image
+            .driver
+            .parse(main, &image.how)?
+            .attach(self.readable(image, data), &image.how)
+            .map(drop)
     }
 
     /// The files that an image consists of beside its main one.
@@ -397,6 +431,7 @@ impl Understood {
         };
         let mut files = vec![main];
         files.extend(data.iter().map(|(_, file)| name(file)));
+        files.extend(self.header.iter().map(|header| name(header)));
         Node {
             filename: Arc::from(self.shown.as_str()),
             files,

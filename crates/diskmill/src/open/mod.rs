@@ -68,6 +68,8 @@ pub struct OpenRequest {
     pub disk: Option<String>,
     /// Where the keys of encrypted images come from, of all that are in the chain.
     pub secrets: Secrets,
+    /// Whether an encrypted image without a key does not even open, as is best where its data is to be read.
+    pub needs_keys: bool,
     /// What is put around each file that is opened.
     pub around: Option<Arc<dyn Around>>,
 }
@@ -101,6 +103,7 @@ impl OpenRequest {
             packages: false,
             disk: None,
             secrets: Secrets::new(),
+            needs_keys: false,
             around: None,
         }
     }

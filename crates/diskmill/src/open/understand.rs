@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use diskmill_core::{
-    Access, Driver, Error, ErrorKind, Format, HostOffset, OpenSpec, Parsed, Result, Sample, Storage,
+    Access, Driver, Error, ErrorKind, Format, HostOffset, OpenSpec, Parsed, Result, Sample, SecretError,
+    Storage,
 };
 use diskmill_formats::ova::MemberName;
 use diskmill_formats::{ForeignKind, registry};
@@ -11,7 +12,7 @@ use diskmill_storage::{CacheMode, File, FileOptions, LockPlan};
 
 use super::{OpenError, OpenRequest};
 use crate::package::{self, Package, PackageError};
-use crate::spec::{FileSpec, ImageSpec, driver_error};
+use crate::spec::{FileSpec, ImageSpec, SpecError, driver_error};
 
 /// An image whose header has been understood.
 #[derive(Debug)]
@@ -22,6 +23,8 @@ pub(crate) struct Understood {
     pub(crate) file: Arc<File>,
     /// The part of the file that it is, where it is not all of it: a disk in a package.
     pub(crate) part: Option<Arc<dyn Storage>>,
+    /// The file with its header, where that is apart.
+    pub(crate) header: Option<Arc<File>>,
     /// Its format.
     pub(crate) driver: &'static dyn Driver,
     /// Whether the caller asked for the file itself (`driver=file`): there is no format then.
@@ -131,11 +134,20 @@ impl Understood {
             Some(inner) => Arc::clone(&inner.storage),
             None => file.clone(),
         };
+        let header = match &spec.header {
+            Some(header) => Some(Arc::new(open_file(header, access, spec, request)?)),
+            None => None,
+        };
+        how.header = header.clone().map(|header| header as Arc<dyn Storage>);
+        fits(spec, driver.format())?;
         let parsed = driver.parse(main, &how).map_err(|error| {
             not_in_format(error, driver.format())
                 .op("open")
                 .path(&spec.file.path)
         })?;
+        if request.needs_keys && parsed.facts().encrypted {
+            demand_key(driver.format(), &how)?;
+        }
         if let Some(inner) = &inner {
             inner
                 .needs_nothing_else(parsed.as_ref())
@@ -148,6 +160,7 @@ impl Understood {
             },
             part: inner.map(|inner| inner.storage),
             file,
+            header,
             driver,
             bare,
             parsed,
@@ -155,6 +168,38 @@ impl Understood {
             probed,
             looks_like,
         })
+    }
+}
+
+/// Fails if `spec` says something of an encrypted image that images of `format`, which may have been found by probing,
+/// do not have.
+fn fits(spec: &ImageSpec, format: Format) -> Result<()> {
+    let mut names = spec.options.iter().map(|(name, _)| name);
+    let misfit = names.find(|name| match *name {
+        "key-secret" => format != Format::Luks,
+        name => name.starts_with("encrypt.") && !matches!(format, Format::Qcow | Format::Qcow2),
+    });
+    let header = (spec.header.is_some() && format != Format::Luks).then_some("header.filename");
+    match misfit.or(header) {
+        None => Ok(()),
+        Some(option) => Err(SpecError::UnknownOption {
+            driver: format.name().to_owned(),
+            option: option.to_owned(),
+        }
+        .into()),
+    }
+}
+
+/// Fails if nothing says what the key of an encrypted image is. Whether it is the right one is not known yet.
+fn demand_key(format: Format, how: &OpenSpec) -> Result<()> {
+    let option = match format {
+        Format::Luks => "key-secret",
+        _ => "encrypt.key-secret",
+    };
+    match how.options.text(option) {
+        Some(id) => how.secrets.named(id).map(drop),
+        None if how.secrets.offer(None) => Ok(()),
+        None => Err(SecretError::Missing(option).into()),
     }
 }
 

@@ -16,12 +16,6 @@ pub struct Checked {
     pub report: CheckReport,
 }
 
-/// Whether the data of an image is encrypted. Its tables are not: they can be checked without a key.
-pub fn is_encrypted(request: &OpenRequest) -> Result<bool> {
-    let image = Opener::new(request).understand_top(Access::Read, true)?;
-    Ok(image.parsed.facts().encrypted)
-}
-
 /// Puts right what a check finds: space that leaks, or everything. The report says what was done and what is left.
 ///
 /// Fails as [`run`] does, and if the image cannot be repaired that way, of which nothing comes to harm: a repair that is
@@ -34,6 +28,9 @@ pub fn repair(request: &OpenRequest, what: Repair, job: Job<'_>) -> Result<Check
     let path = image.file.path().to_owned();
     let data = opener.data_files(&image, Access::Write)?;
     let files = opener.hosts(&image, &data);
+    opener
+        .try_key(&image, &data)
+        .map_err(|error| error.op("open").path(&path))?;
     opener.demand_backing(&image)?;
     if format == Format::Raw {
         return Err(Error::new(ErrorKind::Unsupported, CheckUnsupported(format)).path(path));
@@ -61,6 +58,9 @@ pub fn run(request: &OpenRequest, job: Job<'_>) -> Result<Checked> {
     let path = image.file.path().to_owned();
     let data = opener.data_files(&image, Access::Read)?;
     let files = opener.readable(&image, &data);
+    opener
+        .try_key(&image, &data)
+        .map_err(|error| error.op("open").path(&path))?;
     opener.demand_backing(&image)?;
     if format == Format::Raw {
         return Err(Error::new(ErrorKind::Unsupported, CheckUnsupported(format)).path(path));

@@ -168,7 +168,7 @@ fn check(request: &CreateRequest) -> Result<Creation> {
             let like = OpenRequest {
                 policy: request.policy.clone(),
                 limits: request.limits,
-                secrets: request.secrets.clone(),
+                secrets: request.secrets.only_named(),
                 // Nothing is read but the size, so a running machine is no obstacle.
                 share: true,
                 ..OpenRequest::new(request.target.clone())

@@ -102,6 +102,7 @@ fn describe(opener: &Opener<'_>, image: Understood) -> Result<ImageInfo> {
     }
     let (shown, driver, looks_like) = (image.shown.clone(), image.driver, image.looks_like);
     let path = image.file.path().to_owned();
+    let header = image.header.as_deref().map(describe_file).transpose()?;
     let is_extent = |reference: &Reference| matches!(reference.role, Role::Extent(_));
     let mut names = vec![file.filename.clone()];
     let mut children = Vec::new();
@@ -128,6 +129,10 @@ fn describe(opener: &Opener<'_>, image: Understood) -> Result<ImageInfo> {
     } else {
         image.parsed.facts().clone()
     };
+    children.extend(header.map(|info| Child {
+        name: "header".to_owned(),
+        info,
+    }));
     children.push(Child {
         name: "file".to_owned(),
         info: file,

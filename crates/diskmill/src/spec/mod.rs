@@ -23,12 +23,14 @@ pub struct ImageSpec {
     pub driver: Option<String>,
     /// The file that holds it.
     pub file: FileSpec,
-    /// Run-time options of the format: raw's `offset` and `size`.
+    /// Run-time options of the format: raw's `offset` and `size`, the secret that is the key of an encrypted image.
     pub options: Options,
     /// What it is to be backed by.
     pub backing: BackingSpec,
     /// The data file to use instead of the one the image names.
     pub data_file: Option<FileSpec>,
+    /// The file with its header, if that is apart from the data (luks).
+    pub header: Option<FileSpec>,
     /// Written to as if it read as zeros (`zeroinit:`).
     pub zeroinit: bool,
     /// What else was asked for.
@@ -78,6 +80,26 @@ pub enum BackingSpec {
     WithoutByEmptyName,
     /// This one, whatever the image says.
     Other(Box<ImageSpec>),
+    /// The one the image says, opened in this way.
+    OwnWith(Box<Opening>),
+}
+
+/// What can be said of how an image is opened without saying which one it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Opening {
+    /// The format it is said to have.
+    pub driver: Option<String>,
+    /// Run-time options of the format.
+    pub options: Options,
+    /// What it is to be backed by.
+    pub backing: BackingSpec,
+    /// The data file to use instead of the one the image names.
+    pub data_file: Option<FileSpec>,
+    /// The file with its header, if that is apart from the data.
+    pub header: Option<FileSpec>,
+    /// What else was asked for.
+    pub settings: Settings,
 }
 
 /// What is wrong with the text that names an image. The source of an [`Error`].
@@ -119,9 +141,9 @@ pub enum SpecError {
         /// The option.
         option: String,
     },
-    /// An option the driver has, which is not supported here.
-    #[error("option '{0}' is not supported yet")]
-    UnsupportedOption(String),
+    /// An option within a group of options that has none of that name.
+    #[error("parameter '{0}' is unexpected")]
+    Unexpected(String),
     /// A value of the wrong sort.
     #[error("parameter '{name}' expects {expected}")]
     Value {
@@ -144,9 +166,7 @@ pub enum SpecError {
 impl From<SpecError> for Error {
     fn from(error: SpecError) -> Self {
         let kind = match error {
-            SpecError::UnsupportedProtocol(_)
-            | SpecError::UnsupportedDriver(_)
-            | SpecError::UnsupportedOption(_) => ErrorKind::Unsupported,
+            SpecError::UnsupportedProtocol(_) | SpecError::UnsupportedDriver(_) => ErrorKind::Unsupported,
             _ => ErrorKind::Usage,
         };
         Error::new(kind, error)
@@ -177,6 +197,7 @@ impl ImageSpec {
             options: Options::new(),
             backing: BackingSpec::Own,
             data_file: None,
+            header: None,
             zeroinit: false,
             settings: Settings::default(),
         }
@@ -211,6 +232,27 @@ impl ImageSpec {
             }
             Err(error) => Err(Error::from(error).op("open").path(text)),
         }
+    }
+
+    /// Whichever image this is, it is to be opened as `how` says.
+    pub(crate) fn open_as(&mut self, how: Opening) {
+        self.driver = how.driver.or(self.driver.take());
+        for (name, value) in how.options.iter() {
+            self.options.set(name, value);
+        }
+        if how.backing != BackingSpec::Own {
+            self.backing = how.backing;
+        }
+        self.data_file = how.data_file.or(self.data_file.take());
+        self.header = how.header.or(self.header.take());
+        let (old, new) = (&self.settings, how.settings);
+        self.settings = Settings {
+            direct: new.direct.or(old.direct),
+            no_flush: new.no_flush.or(old.no_flush),
+            read_only: new.read_only.or(old.read_only),
+            share: new.share.or(old.share),
+            unmap: new.unmap.or(old.unmap),
+        };
     }
 
     /// The file that holds the image.

@@ -144,10 +144,6 @@ fn what_is_wrong_with_a_tree_is_named() {
             },
         ),
         (
-            "driver=qcow2,file.filename=b.q,encrypt.key-secret=s",
-            E::UnsupportedOption(owned("encrypt.key-secret")),
-        ),
-        (
             "driver=raw,file.filename=r,size=5x",
             E::Value {
                 name: owned("size"),
@@ -179,4 +175,88 @@ fn nesting_has_an_end() {
         "backing.".repeat(100_000)
     );
     assert!(ImageSpec::from_options(&dotted).is_err());
+}
+
+#[test]
+fn keys_of_encrypted_images_are_options_and_show_in_the_name() {
+    let tree = r#"json:{"driver":"qcow2","encrypt":{"format":"luks","key-secret":"s"},"file.filename":"q"}"#;
+    let options =
+        ImageSpec::from_options("driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename=q")
+            .unwrap();
+    for spec in [name(tree), options] {
+        assert_eq!(spec.options.text("encrypt.key-secret"), Some("s"));
+        assert_eq!(spec.options.text("encrypt.format"), Some("luks"));
+        assert_eq!(
+            spec.shown,
+            r#"json:{"encrypt.key-secret": "s", "driver": "qcow2", "file": {"driver": "file", "filename": "q"}}"#
+        );
+    }
+    let number = name(r#"json:{"encrypt.key-secret":5,"file.filename":"q"}"#);
+    assert_eq!(number.options.text("encrypt.key-secret"), Some("5"));
+    let luks = ImageSpec::from_options("key-secret=s,file.filename=l").unwrap();
+    assert_eq!(luks.options.text("key-secret"), Some("s"));
+    assert_eq!(
+        luks.shown,
+        r#"json:{"driver": "luks", "file": {"driver": "file", "filename": "l"}, "key-secret": "s"}"#
+    );
+    for apart in [
+        "key-secret=s,file.filename=d,header.filename=h",
+        "key-secret=s,file.filename=d,header.driver=raw,header.file.filename=h",
+    ] {
+        let apart = ImageSpec::from_options(apart).unwrap();
+        assert_eq!(apart.header, Some(FileSpec::new("h")));
+        assert_eq!(
+            apart.shown,
+            r#"json:{"header": {"driver": "file", "filename": "h"}, "driver": "luks", "file": {"driver": "file", "filename": "d"}, "key-secret": "s"}"#
+        );
+    }
+    let bare = ImageSpec::from_options("file.filename=d,header.filename=h").unwrap();
+    assert_eq!(bare.shown, "d");
+    assert_eq!(
+        wrong(ImageSpec::from_options(
+            "driver=qcow2,encrypt.foo=s,file.filename=q"
+        )),
+        SpecError::Unexpected("foo".into())
+    );
+    assert!(matches!(
+        wrong(ImageSpec::from_options(
+            "driver=raw,encrypt.key-secret=s,file.filename=q"
+        )),
+        SpecError::UnknownOption { .. }
+    ));
+    assert!(matches!(
+        wrong(ImageSpec::from_options(
+            "file.filename=d,header.driver=raw,header.offset=5,header.file.filename=h"
+        )),
+        SpecError::UnknownOption { .. }
+    ));
+}
+
+#[test]
+fn a_backing_image_can_be_left_to_the_image_and_opened_with_a_key() {
+    let spec = ImageSpec::from_options(
+        "driver=qcow2,file.filename=o,backing.driver=qcow2,backing.encrypt.key-secret=s,\
+         backing.backing.encrypt.key-secret=t",
+    )
+    .unwrap();
+    let BackingSpec::OwnWith(how) = spec.backing else {
+        panic!("not its own");
+    };
+    assert_eq!(how.driver.as_deref(), Some("qcow2"));
+    assert_eq!(how.options.text("encrypt.key-secret"), Some("s"));
+    let BackingSpec::OwnWith(below) = how.backing else {
+        panic!("not its own");
+    };
+    assert_eq!(below.options.text("encrypt.key-secret"), Some("t"));
+    let mut own = name(r#"json:{"driver":"raw","file.filename":"b"}"#);
+    own.open_as(*below);
+    assert_eq!((own.driver.as_deref(), own.path()), (Some("raw"), Path::new("b")));
+    assert_eq!(own.options.text("encrypt.key-secret"), Some("t"));
+    assert!(matches!(
+        ImageSpec::from_options("file.filename=o,backing.file.filename=b,backing.encrypt.key-secret=s"),
+        Ok(ImageSpec {
+            backing: BackingSpec::Other(_),
+            ..
+        })
+    ));
 }

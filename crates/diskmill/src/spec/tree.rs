@@ -3,7 +3,7 @@
 use diskmill_core::{Options, parse_size};
 use serde_json::Value as Json;
 
-use super::{BackingSpec, FileSpec, ImageSpec, Settings, SpecError, driver_error};
+use super::{BackingSpec, FileSpec, ImageSpec, Opening, Settings, SpecError, driver_error};
 
 /// Images within images. No chain written out by hand or by a tool comes near it.
 const NESTING: usize = 256;
@@ -191,13 +191,47 @@ impl Tree {
 
         let mut spec = ImageSpec::from_path(&file.path);
         spec.file = file;
-        spec.driver = driver;
-        spec.settings = self.take_settings()?;
-        spec.backing = self.take_backing(depth)?;
-        spec.data_file = self.take_data_file()?;
-        self.take_format_options(&name, &file_driver, &mut spec)?;
-        self.nothing_left(&name)?;
+        let (opening, shown) = self.take_opening(driver, &name, depth)?;
+        if let Some(shown) = shown {
+            spec.shown = shown.of(&name, &file_driver, &spec);
+        }
+        spec.open_as(opening);
         Ok(spec)
+    }
+
+    /// What the tree says of how an image is opened. Nothing is left in it then.
+    fn take_opening(
+        &mut self,
+        driver: Option<String>,
+        name: &str,
+        depth: usize,
+    ) -> Result<(Opening, Option<Shown>), SpecError> {
+        let mut opening = Opening {
+            driver,
+            settings: self.take_settings()?,
+            backing: self.take_backing(depth)?,
+            data_file: self.take_child_file("data-file")?,
+            ..Opening::default()
+        };
+        let mut shown = None;
+        if matches!(name, "raw" | "") {
+            shown = self.take_window(&mut opening.options)?;
+        }
+        if matches!(name, "qcow2" | "") {
+            self.take_branch("overlap-check");
+            self.leaves
+                .retain(|(name, _)| !QCOW2_TUNING.contains(&name.as_str()));
+        }
+        if matches!(name, "qcow2" | "qcow" | "") {
+            shown = self.take_encryption(&mut opening.options)?.or(shown);
+        }
+        if matches!(name, "luks" | "") {
+            opening.header = self.take_child_file("header")?;
+            let key = self.take_key("key-secret", &mut opening.options)?;
+            shown = key.map(|key| Shown::Luks(key, opening.header.clone())).or(shown);
+        }
+        self.nothing_left(name)?;
+        Ok((opening, shown))
     }
 
     fn take_file(&mut self, driver: &str) -> Result<FileSpec, SpecError> {
@@ -246,22 +280,52 @@ impl Tree {
             Some(_) => return Err(bad("backing", "an image or null")),
             None => {}
         }
-        let branch = self.take_branch("backing");
+        let mut branch = self.take_branch("backing");
         if branch.is_empty() {
             return Ok(BackingSpec::Own);
         }
-        Ok(BackingSpec::Other(Box::new(branch.into_spec(depth + 1)?)))
+        if branch.names_a_file() {
+            return Ok(BackingSpec::Other(Box::new(branch.into_spec(depth + 1)?)));
+        }
+        if depth >= NESTING {
+            return Err(SpecError::TooDeep(NESTING));
+        }
+        let driver = branch.take_text("driver");
+        if let Some(name) = driver.as_deref().filter(|name| !known_format(name)) {
+            return Err(driver_error(name));
+        }
+        let name = driver.clone().unwrap_or_default();
+        let (opening, _) = branch.take_opening(driver, &name, depth + 1)?;
+        Ok(BackingSpec::OwnWith(Box::new(opening)))
     }
 
-    fn take_data_file(&mut self) -> Result<Option<FileSpec>, SpecError> {
-        if let Some(Leaf::Text(node)) = self.take("data-file") {
+    /// Whether it says which file it is about, and not only how that is opened.
+    fn names_a_file(&self) -> bool {
+        self.leaves.iter().any(|(name, leaf)| match name.as_str() {
+            "file" | "filename" => true,
+            "driver" => {
+                matches!(leaf, Leaf::Text(driver) if matches!(driver.as_str(), "file" | "host_device"))
+            }
+            name => name.starts_with("file."),
+        })
+    }
+
+    /// The further file of an image that is called `name`.
+    fn take_child_file(&mut self, name: &str) -> Result<Option<FileSpec>, SpecError> {
+        if let Some(Leaf::Text(node)) = self.take(name) {
             return Err(SpecError::NoSuchNode(node));
         }
-        let mut branch = self.take_branch("data-file");
+        let mut branch = self.take_branch(name);
         if branch.is_empty() {
             return Ok(None);
         }
-        let driver = branch.take_text("driver").unwrap_or_else(|| "file".to_owned());
+        let mut driver = branch.take_text("driver").unwrap_or_else(|| "file".to_owned());
+        if driver == "raw" {
+            // A raw image that is all of a file.
+            branch.nothing_left_but("file.", &driver)?;
+            branch = branch.take_branch("file");
+            driver = branch.take_text("driver").unwrap_or_else(|| "file".to_owned());
+        }
         if !matches!(driver.as_str(), "file" | "host_device") {
             return Err(driver_error(&driver));
         }
@@ -270,28 +334,32 @@ impl Tree {
         Ok(Some(file))
     }
 
-    fn take_format_options(
-        &mut self,
-        driver: &str,
-        file_driver: &str,
-        spec: &mut ImageSpec,
-    ) -> Result<(), SpecError> {
-        if matches!(driver, "raw" | "") {
-            self.take_window(file_driver, spec)?;
+    /// `encrypt.format` and `encrypt.key-secret`, of which the latter shows in the image's name.
+    fn take_encryption(&mut self, options: &mut Options) -> Result<Option<Shown>, SpecError> {
+        if let Some(format) = self.take_text("encrypt.format") {
+            options.set("encrypt.format", format);
         }
-        if matches!(driver, "qcow2" | "") {
-            self.take_branch("overlap-check");
-            self.leaves
-                .retain(|(name, _)| !QCOW2_TUNING.contains(&name.as_str()));
-            if let Some((name, _)) = self.leaves.iter().find(|(name, _)| name.starts_with("encrypt.")) {
-                return Err(SpecError::UnsupportedOption(name.clone()));
-            }
+        let key = self.take_key("encrypt.key-secret", options)?;
+        let mut names = self.leaves.iter();
+        match names.find_map(|(name, _)| name.strip_prefix("encrypt.")) {
+            Some(name) => Err(SpecError::Unexpected(name.to_owned())),
+            None => Ok(key.map(Shown::Encrypted)),
         }
-        Ok(())
+    }
+
+    /// The name of a secret.
+    fn take_key(&mut self, name: &str, options: &mut Options) -> Result<Option<String>, SpecError> {
+        let key = match self.take(name) {
+            None => return Ok(None),
+            Some(Leaf::Text(key) | Leaf::Number(key)) => key,
+            Some(_) => return Err(bad(name, "the id of a secret")),
+        };
+        options.set(name, key.clone());
+        Ok(Some(key))
     }
 
     /// raw's `offset` and `size`, which also show in the image's name.
-    fn take_window(&mut self, file_driver: &str, spec: &mut ImageSpec) -> Result<(), SpecError> {
+    fn take_window(&mut self, options: &mut Options) -> Result<Option<Shown>, SpecError> {
         let mut shown = [None, None];
         for (name, shown) in ["offset", "size"].into_iter().zip(&mut shown) {
             let (text, written) = match self.take(name) {
@@ -303,18 +371,21 @@ impl Tree {
             if parse_size(&text).is_none() {
                 return Err(bad(name, SIZE));
             }
-            spec.options.set(name, text);
+            options.set(name, text);
             *shown = Some(format!("\"{name}\": {written}, "));
         }
         let [offset, size] = shown.map(Option::unwrap_or_default);
-        if !offset.is_empty() || !size.is_empty() {
-            // The order of the keys is qemu-img's own.
-            let path = Json::from(spec.shown.as_str());
-            spec.shown = format!(
-                "json:{{{offset}\"driver\": \"raw\", {size}\"file\": {{\"driver\": \"{file_driver}\", \"filename\": {path}}}}}"
-            );
+        Ok((!offset.is_empty() || !size.is_empty()).then_some(Shown::Window { offset, size }))
+    }
+
+    fn nothing_left_but(&self, prefix: &str, driver: &str) -> Result<(), SpecError> {
+        match self.leaves.iter().find(|(name, _)| !name.starts_with(prefix)) {
+            None => Ok(()),
+            Some((option, _)) => Err(SpecError::UnknownOption {
+                driver: driver.to_owned(),
+                option: option.clone(),
+            }),
         }
-        Ok(())
     }
 
     fn nothing_left(&self, driver: &str) -> Result<(), SpecError> {
@@ -324,6 +395,44 @@ impl Tree {
                 driver: driver.to_owned(),
                 option: option.clone(),
             }),
+        }
+    }
+}
+
+/// What of an image's options shows in its name. The order of the keys there is qemu-img's own.
+enum Shown {
+    /// A part of a raw file.
+    Window { offset: String, size: String },
+    /// The key of a qcow or qcow2 image.
+    Encrypted(String),
+    /// The key of a luks image, and the file with its header.
+    Luks(String, Option<FileSpec>),
+}
+
+impl Shown {
+    /// The name of the image `spec`, whose driver was said to be `driver`, or nothing.
+    fn of(&self, driver: &str, file_driver: &str, spec: &ImageSpec) -> String {
+        let file = |driver: &str, path: &str| {
+            format!("{{\"driver\": \"{driver}\", \"filename\": {}}}", Json::from(path))
+        };
+        let main = file(file_driver, &spec.shown);
+        match self {
+            Self::Window { offset, size } => {
+                format!("json:{{{offset}\"driver\": \"raw\", {size}\"file\": {main}}}")
+            }
+            Self::Encrypted(key) => {
+                let driver = if driver.is_empty() { "qcow2" } else { driver };
+                let key = Json::from(key.as_str());
+                format!("json:{{\"encrypt.key-secret\": {key}, \"driver\": \"{driver}\", \"file\": {main}}}")
+            }
+            Self::Luks(key, header) => {
+                let header = header.as_ref().map_or_else(String::new, |header| {
+                    let driver = if header.device { "host_device" } else { "file" };
+                    format!("\"header\": {}, ", file(driver, &header.path.to_string_lossy()))
+                });
+                let key = Json::from(key.as_str());
+                format!("json:{{{header}\"driver\": \"luks\", \"file\": {main}, \"key-secret\": {key}}}")
+            }
         }
     }
 }
