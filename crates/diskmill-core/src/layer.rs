@@ -126,6 +126,13 @@ pub trait LayerMut: Layer {
     /// Changes the virtual size. New bytes read as zeros.
     fn resize(&self, size: u64, below: &Chain) -> Result<()>;
 
+    /// Whether [`resize`](Self::resize) can give the disk this size. If not it refuses, and the image has to be written
+    /// anew: its file offers no way there on which every moment is a whole image.
+    fn resizes_in_place(&self, size: u64) -> bool {
+        let _ = size;
+        true
+    }
+
     /// Takes room for bytes that read as zeros because nothing was ever written there: what a disk has grown by. They
     /// go on reading as zeros. An error of kind [`ErrorKind::Unsupported`] if the format has no such thing.
     fn reserve(&self, range: Range<GuestOffset>, how: Reserve) -> Result<()> {

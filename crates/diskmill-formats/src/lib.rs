@@ -18,7 +18,9 @@
     )
 )]
 
+mod bounds;
 pub mod codec;
+pub mod cow;
 pub mod crypt;
 pub mod ova;
 pub mod preallocation;

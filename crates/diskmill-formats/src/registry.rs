@@ -2,9 +2,15 @@
 
 use diskmill_core::Driver;
 
-use crate::{qcow2, raw, vdi, vmdk};
+use crate::{cow, qcow2, raw, vdi, vmdk};
 
-static DRIVERS: [&dyn Driver; 4] = [&raw::DRIVER, &qcow2::DRIVER, &vmdk::DRIVER, &vdi::DRIVER];
+static DRIVERS: [&dyn Driver; 5] = [
+    &raw::DRIVER,
+    &qcow2::DRIVER,
+    &vmdk::DRIVER,
+    &vdi::DRIVER,
+    &cow::DRIVER,
+];
 
 /// The drivers of all formats.
 pub fn drivers() -> &'static [&'static dyn Driver] {

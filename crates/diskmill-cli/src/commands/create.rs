@@ -69,6 +69,7 @@ impl Run for CreateArgs {
         request.backing_format = self.backing_format;
         request.unchecked = self.backing_unsafe;
         request.policy = self.how.native.policy(ui);
+        request.historic = !ui.drop_in();
         if ui.drop_in() {
             request.durability = Durability::None;
         }

@@ -333,6 +333,7 @@ impl Source<'_> {
         request.present_size = ui.drop_in();
         request.packages = !ui.drop_in();
         request.needs_keys = ui.drop_in();
+        request.historic = !ui.drop_in();
         request.disk = self.disk.clone();
         Ok(request)
     }

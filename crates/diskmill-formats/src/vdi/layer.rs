@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use diskmill_core::{
-    Error, ErrorKind, Extent, Facts, FileIndex, GuestOffset, Layer, Limits, Result, Storage,
-};
+use diskmill_core::{Extent, Facts, FileIndex, GuestOffset, Layer, Limits, Result, Storage};
 
 use super::header::{Header, ImageType};
 use super::map::BlockMap;
+use crate::bounds::within;
 
 /// An image, open for reading.
 #[derive(Debug)]
@@ -61,16 +60,5 @@ impl Layer for VdiLayer {
 
     fn is_hollow(&self) -> Result<bool> {
         Ok(self.header.image_type == ImageType::Fixed)
-    }
-}
-
-/// Fails if `len` bytes at `at` are not on a disk of `size` bytes.
-pub(super) fn within(at: GuestOffset, len: u64, size: u64) -> Result<()> {
-    match at.get().checked_add(len) {
-        Some(end) if end <= size => Ok(()),
-        _ => Err(Error::new(
-            ErrorKind::Usage,
-            format!("{len} bytes at {at} are not within the disk of {size} bytes"),
-        )),
     }
 }

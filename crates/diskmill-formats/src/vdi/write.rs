@@ -17,11 +17,11 @@ use diskmill_core::{
 };
 
 use super::header::{Header, ImageType};
-use super::layer::within;
 use super::layout::BLOCK;
 use super::map::{BlockMap, Entry, block_of};
 use super::tables::Tables;
 use super::uuid::Uuid;
+use crate::bounds::within;
 use crate::preallocation::zeros;
 use crate::qcow2::flight::{Flights, Hold};
 

@@ -1,6 +1,7 @@
 //! Opening images the short way: no policy, no locks, names relative to the image's directory.
 #![allow(dead_code, reason = "not every test binary uses all of it")]
 
+pub mod disk;
 pub mod victim;
 
 use std::path::Path;

@@ -4,13 +4,16 @@ use std::sync::Arc;
 
 use diskmill_core::{
     BackingName, Chain, CheckReport, CompactReport, CompactSpec, CreateSpec, Driver, Facts, Format,
-    GuestOffset, Job, Layer, LayerMut, OpenSpec, Options, Repair, Result, Role, Storage, StorageMut,
+    GuestOffset, Job, Layer, LayerMut, Options, Repair, Result, Role, Storage, StorageMut,
 };
 use diskmill_formats::vdi;
 use diskmill_storage::Memory;
 use diskmill_testkit::contract::builder::{Guest, fill};
 use diskmill_testkit::sparse_random::mix;
 use diskmill_testkit::{Scratch, oracle};
+
+use super::support::disk;
+pub use super::support::disk::{bytes, how, memory};
 
 /// How an image is made.
 #[derive(Clone, Copy, Debug)]
@@ -173,49 +176,24 @@ impl Kind {
     }
 }
 
-/// A fresh storage that holds `bytes`.
-pub fn memory(bytes: &[u8]) -> Arc<dyn StorageMut> {
-    Arc::new(Memory::from(bytes))
-}
-
-/// The bytes of a storage.
-pub fn bytes(disk: &Arc<dyn StorageMut>) -> Vec<u8> {
-    let mut bytes = vec![0; disk.len().expect("length") as usize];
-    disk.read_at(Default::default(), &mut bytes).expect("read");
-    bytes
-}
-
-/// How the tests open images.
-pub fn how() -> OpenSpec {
-    let mut how = OpenSpec::default();
-    how.unmap = true;
-    how
-}
-
 /// Opens an image for writing.
 pub fn open(disk: &Arc<dyn StorageMut>) -> Result<Arc<dyn LayerMut>> {
-    let parsed = vdi::DRIVER.parse(Arc::clone(disk) as Arc<dyn Storage>, &how())?;
-    parsed.attach_mut(vec![(Role::Main, Arc::clone(disk))], &how())
+    disk::open(&vdi::DRIVER, disk)
 }
 
 /// Opens an image for reading.
 pub fn read_only(bytes: &[u8]) -> Result<Arc<dyn Layer>> {
-    let disk: Arc<dyn Storage> = Arc::new(Memory::from(bytes));
-    let parsed = vdi::DRIVER.parse(Arc::clone(&disk), &how())?;
-    parsed.attach(vec![(Role::Main, disk)], &how())
+    disk::read_only(&vdi::DRIVER, bytes)
 }
 
 /// What our own check finds.
 pub fn check(bytes: &[u8]) -> Result<CheckReport> {
-    let disk: Arc<dyn Storage> = Arc::new(Memory::from(bytes));
-    let parsed = vdi::DRIVER.parse(Arc::clone(&disk), &how())?;
-    parsed.check(vec![(Role::Main, disk)], &how(), Job::silent())
+    disk::check(&vdi::DRIVER, bytes)
 }
 
 /// Repairs an image.
 pub fn repair(disk: &Arc<dyn StorageMut>, what: Repair) -> Result<CheckReport> {
-    let parsed = vdi::DRIVER.parse(Arc::clone(disk) as Arc<dyn Storage>, &how())?;
-    parsed.repair(vec![(Role::Main, Arc::clone(disk))], &how(), what, Job::silent())
+    disk::repair(&vdi::DRIVER, disk, what)
 }
 
 /// Compacts an image, after asking what that would save.
@@ -259,12 +237,7 @@ pub fn orphaned(bytes: &[u8]) -> Vec<u8> {
 impl Image {
     /// What the files show.
     pub fn read(&self, bytes: &[u8]) -> Result<Vec<u8>> {
-        let top = read_only(bytes)?;
-        let mut disk = vec![0xa5; top.virtual_size() as usize];
-        let mut layers = vec![top];
-        layers.extend(self.below.layers().iter().cloned());
-        Chain::new(layers).read_at(GuestOffset::ZERO, &mut disk)?;
-        Ok(disk)
+        disk::read(&vdi::DRIVER, bytes, &self.below)
     }
 
     /// What `qemu-img check` says. A number of blocks that is higher than need be is no corruption here: it is set

@@ -5,4 +5,6 @@ mod crash;
 mod damage;
 mod images;
 mod model;
+#[path = "../support/mod.rs"]
+mod support;
 mod threads;

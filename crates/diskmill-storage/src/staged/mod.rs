@@ -18,7 +18,7 @@ use std::io::Error as IoError;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diskmill_core::{Durability, Error, Result, StorageMut};
+use diskmill_core::{Durability, Error, ErrorKind, Result, StorageMut};
 use rustix::io::Errno;
 
 use crate::lock::LockPlan;
@@ -39,6 +39,8 @@ pub struct StageOptions {
     pub extent_size_hint: Option<u64>,
     /// Refuse a block device that is mounted or otherwise in use by the kernel.
     pub exclusive: bool,
+    /// Fail where an old target would have to be written in place, and leave it as it is.
+    pub beside: bool,
     /// Do without files that have no name, as where the file system does not know them.
     named: bool,
 }
@@ -51,6 +53,7 @@ impl Default for StageOptions {
             nocow: false,
             extent_size_hint: None,
             exclusive: false,
+            beside: false,
             named: false,
         }
     }
@@ -66,6 +69,13 @@ impl StageOptions {
     #[must_use]
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
+        self
+    }
+
+    /// Only beside an old target, never in its place: what it holds is still needed.
+    #[must_use]
+    pub fn beside(mut self) -> Self {
+        self.beside = true;
         self
     }
 
@@ -151,6 +161,10 @@ impl Staged {
     fn create_at(target: &Path, options: &StageOptions) -> Result<Self> {
         let (file, way) = match Beside::create(target, options)? {
             Ok((file, beside)) => (file, Way::Beside(Box::new(beside))),
+            Err(reason) if options.beside => {
+                let text = format!("no new file can take its place: {reason}");
+                return Err(Error::new(ErrorKind::Unsupported, text));
+            }
             Err(reason) => {
                 let file = File::open(target, &options.file_options())?;
                 if !file.is_block_device() {

@@ -13,7 +13,7 @@ use diskmill_storage::{File, FileId, LockPlan};
 
 use super::guard::Guarded;
 use super::parent::check_identity;
-use super::understand::{Place, open_file};
+use super::understand::{Place, is_historic, open_file};
 use super::{Image, ImageMut, Node, OpenError, OpenRequest, OpenWarning, Understood, resolve_name};
 use crate::policy::References;
 use crate::spec::{BackingSpec, ImageSpec, SpecError};
@@ -33,6 +33,8 @@ pub(crate) struct Backing {
     pub(crate) spec: ImageSpec,
     /// Its format, if the image above names it.
     pub(crate) format: Option<String>,
+    /// Whether the image above has a format that is found only where [`OpenRequest::historic`] says so.
+    pub(crate) historic: bool,
 }
 
 /// An image that is to be changed, before what it is backed by is opened.
@@ -147,14 +149,19 @@ impl<'a> Opener<'a> {
             let error = OpenError::TooDeep(self.request.limits.chain_depth);
             return Err(Error::new(ErrorKind::Unsupported, error).op("open").path(path));
         }
-        let next = Understood::open(
-            &backing.spec,
-            backing.format.as_deref(),
-            place,
-            self.request,
-            false,
-        )
-        .map_err(|error| error.op("open").path(path))?;
+        let historic;
+        let request = match backing.historic && !self.request.historic {
+            true => {
+                historic = OpenRequest {
+                    historic: true,
+                    ..self.request.clone()
+                };
+                &historic
+            }
+            false => self.request,
+        };
+        let next = Understood::open(&backing.spec, backing.format.as_deref(), place, request, false)
+            .map_err(|error| error.op("open").path(path))?;
         let id = next.file.identity();
         if self.seen.contains(&id) {
             let error = OpenError::Loop(next.shown.clone());
@@ -172,6 +179,7 @@ impl<'a> Opener<'a> {
             BackingSpec::Other(spec) => Ok(Some(Backing {
                 spec: spec.as_ref().clone(),
                 format: None,
+                historic: false,
             })),
             BackingSpec::Own => self.own_backing(image),
             BackingSpec::OwnWith(how) => match self.own_backing(image)? {
@@ -196,14 +204,15 @@ impl<'a> Opener<'a> {
         let facts = image.parsed.facts();
         match (&facts.backing, facts.parent) {
             _ if !self.request.backing => Ok(None),
-            (Some(name), _) => self.named(image.file.path(), name).map(Some),
+            (Some(name), _) => self.named(image, name).map(Some),
             (None, Some(parent)) => self.parent(image, parent).map(Some),
             (None, None) => Ok(None),
         }
     }
 
-    /// What the image in the file `from` means by `name`, if the policy lets it.
-    fn named(&self, from: &Path, name: &BackingName) -> Result<Backing> {
+    /// What `image` means by `name`, if the policy lets it.
+    fn named(&self, image: &Understood, name: &BackingName) -> Result<Backing> {
+        let from = image.file.path();
         let policy = &self.request.policy;
         let format = name.format.clone().filter(|format| !format.is_empty());
         let failed = |error: Error| {
@@ -218,7 +227,11 @@ impl<'a> Opener<'a> {
             ));
         }
         let spec = self.permitted(from, &name.name).map_err(failed)?;
-        Ok(Backing { spec, format })
+        Ok(Backing {
+            spec,
+            format,
+            historic: is_historic(image.driver.format()),
+        })
     }
 
     /// The spec of a name found in the image in the file `from`.

@@ -70,6 +70,9 @@ pub struct OpenRequest {
     pub secrets: Secrets,
     /// Whether an encrypted image without a key does not even open, as is best where its data is to be read.
     pub needs_keys: bool,
+    /// When the format is to be found out, find formats that `qemu-img` no longer has as well (cow). For what an image
+    /// in such a format is backed by they always count, since it was made when they did.
+    pub historic: bool,
     /// What is put around each file that is opened.
     pub around: Option<Arc<dyn Around>>,
 }
@@ -102,6 +105,7 @@ impl OpenRequest {
             given: None,
             packages: false,
             disk: None,
+            historic: false,
             secrets: Secrets::new(),
             needs_keys: false,
             around: None,

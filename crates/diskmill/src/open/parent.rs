@@ -43,6 +43,7 @@ impl Opener<'_> {
         let backing = |spec| Backing {
             spec,
             format: Some(child.driver.format().name().to_owned()),
+            historic: false,
         };
         let mut changed = None;
         for path in &self.request.parents {

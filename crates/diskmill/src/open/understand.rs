@@ -109,7 +109,10 @@ impl Understood {
                 }
                 let foreign = found.foreign.map(|foreign| foreign.name);
                 looks_like = foreign.or(found.also.map(|driver| driver.format().name()));
-                found.driver
+                match found.driver.format() {
+                    format if is_historic(format) && !request.historic => by_name("raw")?,
+                    _ => found.driver,
+                }
             }
         };
         if access == Access::Read && spec.file.lock && !request.share {
@@ -293,6 +296,11 @@ fn cache_mode(asked: CacheMode, spec: &ImageSpec) -> CacheMode {
         (Some(false), CacheMode::Directsync) => CacheMode::Writethrough,
         (_, asked) => asked,
     }
+}
+
+/// Whether `qemu-img` had a format once and has it no longer.
+pub(super) fn is_historic(format: Format) -> bool {
+    format == Format::Cow
 }
 
 fn by_name(name: &str) -> Result<&'static dyn Driver> {

@@ -42,6 +42,8 @@ pub struct CreateRequest {
     pub secrets: Secrets,
     /// What must hold when it is done.
     pub durability: Durability,
+    /// As in [`OpenRequest::historic`], for the backing image.
+    pub historic: bool,
     /// What is put around each file that is made.
     pub around: Option<Arc<dyn Around>>,
 }
@@ -61,6 +63,7 @@ impl CreateRequest {
             limits: Limits::default(),
             secrets: Secrets::new(),
             durability: Durability::Synced,
+            historic: false,
             around: None,
         }
     }
@@ -171,6 +174,7 @@ fn check(request: &CreateRequest) -> Result<Creation> {
                 secrets: request.secrets.only_named(),
                 // Nothing is read but the size, so a running machine is no obstacle.
                 share: true,
+                historic: request.historic || driver.format() == Format::Cow,
                 ..OpenRequest::new(request.target.clone())
             };
             let image = open_backing(&request.target, name, backing_format.as_deref(), &like)?;

@@ -14,4 +14,5 @@ pub mod map;
 pub mod measure;
 pub mod rebase;
 pub mod resize;
+mod rewrite;
 pub mod snapshot;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use diskmill_core::{Error, ErrorKind, FileIndex, Format, GuestOffset, Reserve, Result, SECTOR, Storage};
 pub use diskmill_formats::preallocation::Preallocation;
 
+use super::rewrite;
 use crate::open::{self, ImageMut, OpenRequest, OpenWarning};
 
 /// The size that is wanted.
@@ -123,6 +124,17 @@ pub fn run(request: &ResizeRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Resul
     }
     if raw && to != from && image.top.file(FileIndex::MAIN).is_some_and(on_device) {
         return refuse(ResizeError::Device);
+    }
+    if format == Format::Cow && request.preallocation != Preallocation::Off {
+        return refuse(ResizeError::Preallocation(request.preallocation.name()));
+    }
+    if !image.top.resizes_in_place(to) {
+        // Its locks are taken anew; whatever has come in between is what gets the new size.
+        drop(image);
+        return match rewrite::resize(&request.open, to) {
+            Ok(to) => Ok(Resized { from, to }),
+            Err(error) => Err(error.op("resize").path(path)),
+        };
     }
     let done = grow_or_shrink(&image, from, to, request.preallocation);
     done.map_err(|error| error.op("resize").path(path))?;
