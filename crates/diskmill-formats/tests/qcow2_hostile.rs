@@ -178,12 +178,9 @@ fn an_encryption_header_that_is_none_is_refused() {
     patch(&victim.path, 112, &extension);
     victim.assert_trouble("there is no LUKS header at 0x50000");
     patch(&victim.path, 0x5_0000, b"LUKS\xba\xbe\x00\x02");
-    victim.assert_trouble("LUKS version is 2, must be 1");
+    victim.assert_trouble("LUKS version 2 is not supported, must be 1");
     patch(&victim.path, 0x5_0000, b"LUKS\xba\xbe\x00\x01");
-    patch(&victim.path, 0x5_0000 + 108, &65_u32.to_be_bytes());
-    victim.assert_trouble("key_bytes of the LUKS header is 65, must be 1 to 64");
-    patch(&victim.path, 0x5_0000 + 108, &64_u32.to_be_bytes());
-    victim.assert_trouble("state of LUKS key slot 0 is 0x01010101, must be 0x00ac71f3 or 0x0000dead");
+    victim.assert_trouble("the cipher name of the LUKS header is not NUL terminated");
 }
 
 #[test]

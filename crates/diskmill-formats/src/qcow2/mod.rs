@@ -51,7 +51,7 @@ use diskmill_core::{
 use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
 
-use crate::crypt::luks;
+use crate::crypt::luks::{self, Place};
 use header::{Autoclear, Compatible, CryptMethod, Header, HeaderError, Incompatible, Version};
 use layout::V2_HEADER_LEN;
 
@@ -309,7 +309,13 @@ fn describe_encryption(
 ) -> Result<Option<Vec<(&'static str, Value)>>> {
     match (header.crypt_method, header.encryption()) {
         (CryptMethod::None, _) => Ok(None),
-        (CryptMethod::Luks, Some(place)) => match luks::describe(main, place.offset) {
+        (CryptMethod::Luks, Some(place)) => match luks::describe(
+            main,
+            Place::Embedded {
+                at: place.offset,
+                len: place.length,
+            },
+        ) {
             Ok(facts) => Ok(Some(facts)),
             Err(_) if how.for_check => Ok(None),
             Err(error) => Err(error.op("read the LUKS header")),
