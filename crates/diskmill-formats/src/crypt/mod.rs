@@ -13,6 +13,9 @@ pub mod luks;
 mod random;
 mod sector;
 
+#[cfg(test)]
+mod tests;
+
 use diskmill_core::{Error, ErrorKind};
 
 pub use cipher::{CipherAlg, CipherMode, CipherSpec, IvGen};
