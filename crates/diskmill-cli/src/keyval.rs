@@ -153,29 +153,6 @@ fn option_line(out: &mut String, name: &str, kind: OptionKind, help: &str) {
     let _ = writeln!(out, "  {:<22} - {help}", format!("{name}=<{kind}>"));
 }
 
-/// Checks `--object` arguments. Secrets are taken, since callers pass them beside images that need none.
-pub fn objects(given: &[String]) -> Result<(), Failure> {
-    for text in given {
-        let options = Options::parse(text);
-        let kind = match options.text("qom-type") {
-            Some(kind) => kind,
-            None => text.split(',').next().unwrap_or_default(),
-        };
-        if !matches!(
-            kind,
-            "secret" | "tls-creds-x509" | "tls-creds-psk" | "tls-creds-anon" | "authz-simple" | "iothread"
-        ) {
-            return Err(Failure::usage(format!(
-                "Parameter 'qom-type' does not accept value '{kind}'"
-            )));
-        }
-        if options.text("id").is_none() {
-            return Err(Failure::usage("Parameter 'id' is missing"));
-        }
-    }
-    Ok(())
-}
-
 /// The cache mode called `mode`. `what` is "cache" or "source cache".
 pub fn cache_mode(what: &str, mode: &str) -> Result<CacheMode, Failure> {
     CacheMode::parse(mode).ok_or_else(|| Failure::usage(format!("Invalid {what} option: {mode}")))

@@ -10,6 +10,7 @@ use super::{DoArgs, Run, Source, driver};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
+use crate::keys::NewKeyArgs;
 use crate::keyval::{self, OptionList};
 use crate::progress::{Progress, Style};
 use crate::ui::Ui;
@@ -43,6 +44,8 @@ pub struct AmendArgs {
     force: bool,
     #[command(flatten)]
     how: DoArgs,
+    #[command(flatten)]
+    new_key: NewKeyArgs,
     /// The image
     #[arg(value_name = "FILENAME", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
@@ -52,9 +55,9 @@ impl Run for AmendArgs {
     const NAME: &'static str = "amend";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)?;
-        if self.options.is_empty() {
+        if self.options.is_empty() && self.new_key.new_passphrase_file.is_none() {
             return Err(Failure::usage_help("Must specify options (-o)"));
         }
         let wanted = keyval::option_list(&self.options)?;
@@ -73,7 +76,7 @@ impl Run for AmendArgs {
         if let Some(mode) = &self.cache {
             request.cache = keyval::cache_mode("cache", mode)?;
         }
-        let options = match wanted {
+        let mut options = match wanted {
             OptionList::Pairs(options) => options,
             OptionList::Help => {
                 request.backing = false;
@@ -83,6 +86,7 @@ impl Run for AmendArgs {
                 return print_options(ui, driver(format)?);
             }
         };
+        self.new_key.add(&mut request, &mut options)?;
         let mut request = AmendRequest::new(request, options);
         request.force = self.force;
         let quiet = self.quiet;

@@ -85,7 +85,7 @@ impl Run for BenchArgs {
     const NAME: &'static str = "bench";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         let requests = count("request count", self.count.as_ref(), 1, MOST)?.unwrap_or(75_000);
         let depth = count("queue depth", self.depth.as_ref(), 1, MOST)?.unwrap_or(64);
         let flush = count("flush interval", self.flush_interval.as_ref(), 0, MOST)?.unwrap_or(0);

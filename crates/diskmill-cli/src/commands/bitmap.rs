@@ -133,7 +133,7 @@ impl Run for BitmapArgs {
     const NAME: &'static str = "bitmap";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         if let (false, [word, names @ ..]) = (ui.drop_in(), self.names.as_slice())
             && word == "export"
             && (names.len() == 2 || self.actions.0.is_empty())

@@ -39,7 +39,7 @@ impl Run for CheckArgs {
     const NAME: &'static str = "check";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.look.wants_json()?;
+        let json = self.look.wants_json(ui)?;
         let what = match self.repair.as_deref() {
             None => None,
             Some("leaks") => Some(Repair::Leaks),

@@ -56,7 +56,7 @@ impl Run for CommitArgs {
     const NAME: &'static str = "commit";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)?;
         let rate = match &self.rate {
             None => None,

@@ -61,7 +61,7 @@ impl Run for CompactArgs {
     const NAME: &'static str = "compact";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         let [name] = self.names.as_slice() else {
             return Err(Failure::usage_help("Expecting one image file name"));
         };

@@ -81,7 +81,7 @@ fn is_no_package(error: &diskmill_core::Error) -> bool {
 impl CompareArgs {
     fn compare(&self, ui: &Ui, first: &OsString, second: &OsString) -> Result<Exit, Failure> {
         let not_open = |failure: Failure| failure.exit_with(Exit::COMPARE_OPEN);
-        let json = self.how.wants_json().map_err(not_open)?;
+        let json = self.how.wants_json(ui).map_err(not_open)?;
         let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)
             .map_err(not_open)?;
         let attempt = |name: &OsString, format: Option<&str>, disk: Option<String>| {

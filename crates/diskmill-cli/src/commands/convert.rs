@@ -18,6 +18,7 @@ use super::{DiskArgs, DoArgs, NATIVE, Run, Source, creation_options};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
+use crate::keys::NewKeyArgs;
 use crate::keyval;
 use crate::progress::{Progress, Style};
 use crate::ui::Ui;
@@ -104,6 +105,8 @@ pub struct ConvertArgs {
     how: DoArgs,
     #[command(flatten)]
     which: DiskArgs,
+    #[command(flatten)]
+    new_key: NewKeyArgs,
     /// The images to copy, one behind the other, and the target; '-' is standard input or output
     #[arg(value_name = "SRC_FILENAME... TGT_FILENAME", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
@@ -119,16 +122,23 @@ impl Run for ConvertArgs {
     const NAME: &'static str = "convert";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)?;
         let format = self.format();
         if format == "ova" && !ui.drop_in() {
             return self.fill_package(ui, style, json);
         }
         let target = self.names.last().filter(|_| self.names.len() > 1);
-        let Some(options) = creation_options(ui, &self.target_options, format, target)? else {
+        let Some(mut options) = creation_options(ui, &self.target_options, format, target)? else {
             return Ok(Exit::OK);
         };
+        if !self.no_create {
+            self.new_key.imply(format, &mut options)?;
+        } else if self.new_key.new_passphrase_file.is_some() {
+            return Err(Failure::usage(
+                "--new-passphrase-file makes no sense with -n: nothing is made",
+            ));
+        }
         let mut settings = self.settings(ui, options, format)?;
         (settings.style, settings.json) = (style, json);
         let (target, sources) = match self.names.split_last() {
@@ -194,6 +204,7 @@ impl ConvertArgs {
                 ui.name(&name)
             ));
         }
+        self.how.native.keys.warn_if_unused(ui);
         if settings.json && !matches!(plan.output, Output::Stdout) {
             ui.print(to_json(&name, format, &summary, began).pretty())?;
         }
@@ -273,6 +284,10 @@ impl ConvertArgs {
             (self.no_create, "-n"),
             (self.backing.is_some(), "-B"),
             (!self.target_options.is_empty(), "-o"),
+            (
+                self.new_key.new_passphrase_file.is_some(),
+                "--new-passphrase-file",
+            ),
             (self.bitmaps, "--bitmaps"),
             (self.rate.is_some(), "--rate"),
             (self.copy_range_offloading, "-C"),
@@ -438,6 +453,11 @@ impl ConvertArgs {
 
     fn input(&self, ui: &Ui, name: &OsString, snapshot: Option<WhichSnapshot>) -> Result<Input, Failure> {
         if !ui.drop_in() && name == "-" {
+            if self.how.native.keys.takes_stdin() {
+                return Err(Failure::usage(
+                    "standard input cannot be both the source and the passphrase",
+                ));
+            }
             return match self.source_format.as_deref() {
                 None | Some("raw") => Ok(Input::Stdin),
                 Some(_) => {
@@ -494,6 +514,7 @@ impl ConvertArgs {
         let spec = ImageSpec::from_name(target).map_err(|error| converting(error, target, format))?;
         let mut new = NewImage::new(spec, format);
         new.options = settings.options.clone();
+        new.secrets = self.how.native.keys.making(ui, Some(&self.new_key))?;
         new.backing = self.backing.clone();
         if self.backing.is_some() || !ui.drop_in() {
             new.backing_format = self.backing_format.clone();

@@ -9,6 +9,7 @@ use super::{DoArgs, Run, creation_options};
 use crate::error::{Failure, Frame};
 use crate::exit::Exit;
 use crate::json::Json;
+use crate::keys::NewKeyArgs;
 use crate::keyval;
 use crate::progress::{Progress, Style};
 use crate::ui::Ui;
@@ -37,6 +38,8 @@ pub struct CreateArgs {
     backing_unsafe: bool,
     #[command(flatten)]
     how: DoArgs,
+    #[command(flatten)]
+    new_key: NewKeyArgs,
     /// The new image, and its size with an optional suffix k M G T P E (default: the size of the backing image)
     #[arg(value_name = "FILENAME [SIZE]", value_hint = clap::ValueHint::FilePath)]
     names: Vec<OsString>,
@@ -46,11 +49,12 @@ impl Run for CreateArgs {
     const NAME: &'static str = "create";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         let format = self.format.as_deref().unwrap_or("raw");
-        let Some(options) = creation_options(ui, &self.options, format, self.names.first())? else {
+        let Some(mut options) = creation_options(ui, &self.options, format, self.names.first())? else {
             return Ok(Exit::OK);
         };
+        self.new_key.imply(format, &mut options)?;
         let (name, size) = match self.names.as_slice() {
             [] => return Err(Failure::usage_help("Expecting image file name")),
             [name] => (name, None),
@@ -70,6 +74,7 @@ impl Run for CreateArgs {
         request.unchecked = self.backing_unsafe;
         request.policy = self.how.native.policy(ui);
         request.historic = !ui.drop_in();
+        request.secrets = self.how.native.keys.making(ui, Some(&self.new_key))?;
         if ui.drop_in() {
             request.durability = Durability::None;
         }
@@ -82,6 +87,7 @@ impl Run for CreateArgs {
         let made = creation.run(progress.job());
         progress.signals().die_if_cancelled(&made);
         made.map_err(named)?;
+        self.how.native.keys.warn_if_unused(ui);
         if json {
             ui.print(to_json(&name.to_string_lossy(), format, &shown).pretty())?;
         } else if !ui.drop_in() && !self.quiet {

@@ -129,7 +129,7 @@ impl Run for DdArgs {
     const NAME: &'static str = "dd";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         let operands = Operands::parse(&self.operands)?;
         let format = self.output_format.as_deref().unwrap_or("raw");
         // Sizes that the real tool does not know are what callers give who mean standard input or output.
@@ -213,7 +213,9 @@ impl DdArgs {
             return Ok(Output::Existing(ExistingImage::new(request)));
         }
         let spec = ImageSpec::from_name(name).map_err(|error| creating(error, name))?;
-        Ok(Output::New(NewImage::new(spec, format)))
+        let mut new = NewImage::new(spec, format);
+        new.secrets = self.how.native.keys.making(ui, None)?;
+        Ok(Output::New(new))
     }
 }
 

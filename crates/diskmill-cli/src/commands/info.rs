@@ -33,7 +33,7 @@ impl Run for InfoArgs {
     const NAME: &'static str = "info";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.look.wants_json()?;
+        let json = self.look.wants_json(ui)?;
         let [name] = self.names.as_slice() else {
             return Err(Failure::usage_help("Expecting one image file name"));
         };

@@ -36,7 +36,7 @@ impl Run for MapArgs {
     const NAME: &'static str = "map";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.look.wants_json()?;
+        let json = self.look.wants_json(ui)?;
         let start = match &self.start_offset {
             Some(text) => keyval::bytes("start offset", text)?,
             None => 0,

@@ -3,7 +3,7 @@ use std::ffi::OsString;
 use clap::Args;
 use diskmill::open;
 use diskmill::ops::measure::{Source as Measured, run};
-use diskmill_core::{CreateSpec, Measure, OptionError};
+use diskmill_core::{CreateSpec, Error, Measure, OptionError, Options, SecretError, Secrets};
 
 use super::{LookArgs, Run, driver};
 use crate::error::Failure;
@@ -39,7 +39,7 @@ impl Run for MeasureArgs {
     const NAME: &'static str = "measure";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.look.wants_json()?;
+        let json = self.look.wants_json(ui)?;
         let size = match &self.size {
             Some(text) => Some(keyval::bytes("image size", text)?),
             None => None,
@@ -62,12 +62,12 @@ impl Run for MeasureArgs {
                     "--size N cannot be used together with a filename.",
                 ));
             }
-            ([], Some(size)) => self.measure(format, Measured::Size(size))?,
+            ([], Some(size)) => self.measure(ui, format, Measured::Size(size))?,
             ([name], None) => {
                 let mut request = self.look.request(ui, name, None)?;
                 request.snapshot = self.snapshot.as_deref().map(keyval::snapshot).transpose()?;
                 let image = open::image(&request).map_err(|error| Failure::open(name, error))?;
-                self.measure(format, Measured::Image(&image))
+                self.measure(ui, format, Measured::Image(&image))
                     .map_err(|failure| failure.path(name))?
             }
         };
@@ -81,7 +81,8 @@ impl Run for MeasureArgs {
 }
 
 impl MeasureArgs {
-    fn measure(&self, format: &str, source: Measured<'_>) -> Result<Measure, Failure> {
+    fn measure(&self, ui: &Ui, format: &str, source: Measured<'_>) -> Result<Measure, Failure> {
+        let secrets = self.look.native.keys.opening(ui)?;
         let driver = driver(format)?;
         let OptionList::Pairs(options) = keyval::option_list(&self.options)? else {
             return Err(Failure::usage(format!(
@@ -89,7 +90,11 @@ impl MeasureArgs {
             )));
         };
         let mut spec = CreateSpec::default();
+        if ui.drop_in() {
+            demand_key(format, &options, &secrets)?;
+        }
         spec.options = options;
+        spec.secrets = secrets;
         run(driver, &spec, source).map_err(|error| match error.find::<OptionError>() {
             Some(OptionError::Unknown(name)) => Failure::usage(format!(
                 "Invalid parameter '{name}'\nqemu-img: Invalid options for file format '{format}'"
@@ -97,6 +102,21 @@ impl MeasureArgs {
             _ => Failure::from(error),
         })
     }
+}
+
+/// Fails if the key of a new image that is encrypted is not given. Only the real tool needs one to measure it.
+fn demand_key(format: &str, options: &Options, secrets: &Secrets) -> Result<(), Failure> {
+    let option = match format {
+        "luks" => "key-secret",
+        "qcow2" if options.text("encrypt.format").is_some() => "encrypt.key-secret",
+        "qcow2" if matches!(options.bool("encryption"), Ok(Some(true))) => "encrypt.key-secret",
+        _ => return Ok(()),
+    };
+    match options.text(option) {
+        Some(id) => secrets.named(id).map(drop)?,
+        None => return Err(Error::from(SecretError::Missing(option)).into()),
+    }
+    Ok(())
 }
 
 fn to_text(measure: Measure) -> String {

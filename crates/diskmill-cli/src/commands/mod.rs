@@ -14,6 +14,7 @@ use diskmill_formats::registry;
 
 use crate::error::Failure;
 use crate::exit::Exit;
+use crate::keys::{self, KeyArgs};
 use crate::keyval::{self, OptionTarget};
 use crate::ui::{Mode, Ui};
 
@@ -171,9 +172,11 @@ fn with_values(arg: Arg) -> Arg {
     arg.value_parser(PossibleValuesParser::new(values))
 }
 
-/// Options that `qemu-img` does not have.
+/// Options that `qemu-img` does not have, and those that give keys.
 #[derive(Args, Clone, Debug)]
 pub struct NativeArgs {
+    #[command(flatten)]
+    pub keys: KeyArgs,
     /// JSON results on standard output, and where there is progress, JSON events on standard error
     #[arg(long, help_heading = NATIVE)]
     pub json: bool,
@@ -237,17 +240,15 @@ pub struct LookArgs {
     #[arg(long, value_name = "human|json")]
     output: Option<String>,
     #[command(flatten)]
-    object: ObjectArgs,
-    #[command(flatten)]
-    native: NativeArgs,
+    pub native: NativeArgs,
     #[command(flatten)]
     which: DiskArgs,
 }
 
 impl LookArgs {
-    /// Checks `--object`, and says whether results are JSON.
-    pub fn wants_json(&self) -> Result<bool, Failure> {
-        self.object.check()?;
+    /// Reads `--object`, and says whether results are JSON.
+    pub fn wants_json(&self, ui: &Ui) -> Result<bool, Failure> {
+        self.native.keys.opening(ui)?;
         self.native.wants_json(self.output.as_deref())
     }
 
@@ -272,31 +273,14 @@ pub struct DoArgs {
     #[arg(long, value_name = "human|json", help_heading = NATIVE)]
     output: Option<String>,
     #[command(flatten)]
-    object: ObjectArgs,
-    #[command(flatten)]
     pub native: NativeArgs,
 }
 
 impl DoArgs {
-    /// Checks `--object`, and says whether results are JSON.
-    pub fn wants_json(&self) -> Result<bool, Failure> {
-        self.object.check()?;
+    /// Reads `--object`, and says whether results are JSON.
+    pub fn wants_json(&self, ui: &Ui) -> Result<bool, Failure> {
+        self.native.keys.opening(ui)?;
         self.native.wants_json(self.output.as_deref())
-    }
-}
-
-/// `--object`.
-#[derive(Args, Clone, Debug)]
-pub struct ObjectArgs {
-    /// A secret or another object that options refer to
-    #[arg(long, value_name = "OBJDEF")]
-    object: Vec<String>,
-}
-
-impl ObjectArgs {
-    /// Fails if one is no object.
-    pub fn check(&self) -> Result<(), Failure> {
-        keyval::objects(&self.object)
     }
 }
 
@@ -332,8 +316,9 @@ impl Source<'_> {
         request.snapshot = self.snapshot.clone();
         request.present_size = ui.drop_in();
         request.packages = !ui.drop_in();
-        request.needs_keys = ui.drop_in();
         request.historic = !ui.drop_in();
+        request.secrets = native.keys.opening(ui)?;
+        request.needs_keys = ui.drop_in() || keys::reads_data(ui.command);
         request.disk = self.disk.clone();
         Ok(request)
     }

@@ -80,7 +80,7 @@ impl Run for OvaArgs {
     const NAME: &'static str = "ova";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         if self.os.as_deref() == Some("list") {
             ui.print(systems(json))?;
             return Ok(Exit::OK);

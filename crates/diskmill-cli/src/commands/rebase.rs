@@ -64,7 +64,7 @@ impl Run for RebaseArgs {
     const NAME: &'static str = "rebase";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)?;
         let [name] = self.names.as_slice() else {
             return Err(Failure::usage_help("Expecting one image file name"));

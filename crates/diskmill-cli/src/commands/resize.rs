@@ -43,7 +43,7 @@ impl Run for ResizeArgs {
     const NEGATIVE: bool = true;
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         let preallocation = match self.preallocation.as_deref() {
             None => Preallocation::Off,
             Some(mode) => Preallocation::parse(mode)

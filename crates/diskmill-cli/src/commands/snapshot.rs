@@ -52,7 +52,7 @@ impl Run for SnapshotArgs {
     const NAME: &'static str = "snapshot";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        let json = self.how.wants_json()?;
+        let json = self.how.wants_json(ui)?;
         let actions = [
             self.create.map(|name| Action::Create(fitting(ui, name))),
             self.apply.map(Action::Apply),

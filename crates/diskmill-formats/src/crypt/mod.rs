@@ -12,6 +12,7 @@ pub mod legacy;
 pub mod luks;
 mod random;
 mod sector;
+pub mod wrapped;
 
 #[cfg(test)]
 mod tests;

@@ -310,6 +310,14 @@ pub fn package(request: &OpenRequest) -> Result<Option<Package>> {
     Package::open(Arc::new(file))
 }
 
+/// What an image says of itself in its header. Nothing it names is opened, and no key is needed.
+pub fn facts(request: &OpenRequest) -> Result<Facts> {
+    let mut request = request.clone();
+    request.needs_keys = false;
+    let image = Opener::new(&request).understand_top(Access::Read, false)?;
+    Ok(image.parsed.facts().clone())
+}
+
 /// Opens an image for changing in place, and what it is backed by for reading.
 pub fn image_mut(request: &OpenRequest) -> Result<ImageMut> {
     Opener::new(request).image_mut()

@@ -3,6 +3,7 @@
 //! Parsing opens nothing. What comes out is an [`ImageSpec`]: the file, the format if it was said, and what differs
 //! from the image's own word.
 
+mod json;
 mod tree;
 
 use std::ffi::{OsStr, OsString};
@@ -10,6 +11,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use diskmill_core::{Error, ErrorKind, Options, Result};
+
+pub use json::parse_json;
 
 /// An image as a user, or an image that names another, writes it.
 #[derive(Clone, Debug, PartialEq, Eq)]

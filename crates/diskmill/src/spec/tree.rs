@@ -54,8 +54,7 @@ const FILE_TUNING: [&str; 6] = [
 impl Tree {
     /// The tree of a JSON object.
     pub(super) fn from_json(text: &str) -> Result<Self, SpecError> {
-        let json: Json = serde_json::from_str(text).map_err(|error| SpecError::Json(error.to_string()))?;
-        let Json::Object(fields) = json else {
+        let Json::Object(fields) = super::parse_json(text)? else {
             return Err(SpecError::NotAnObject);
         };
         let mut tree = Self::default();
