@@ -25,12 +25,14 @@ pub mod crypt;
 pub mod ova;
 pub mod preallocation;
 pub mod probe;
+pub mod qcow;
 pub mod qcow2;
 pub mod raw;
 pub mod registry;
 mod sketch;
 mod slots;
 mod sparse;
+mod tree;
 pub mod vdi;
 pub mod vmdk;
 

@@ -282,8 +282,11 @@ mod tests {
             assert!(probed.foreign.is_none());
         }
         let old = probe(&sample(b"QFI\xfb\0\0\0\x01"));
-        assert_eq!(old.driver.format(), Format::Raw);
-        assert_eq!(old.foreign.unwrap().kind, ForeignKind::Disk);
+        assert_eq!(
+            (old.driver.format(), old.confidence),
+            (Format::Qcow, Match::ByMagic)
+        );
+        assert!(old.foreign.is_none());
     }
 
     #[test]

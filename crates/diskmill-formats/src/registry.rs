@@ -2,11 +2,12 @@
 
 use diskmill_core::Driver;
 
-use crate::{cow, qcow2, raw, vdi, vmdk};
+use crate::{cow, qcow, qcow2, raw, vdi, vmdk};
 
-static DRIVERS: [&dyn Driver; 5] = [
+static DRIVERS: [&dyn Driver; 6] = [
     &raw::DRIVER,
     &qcow2::DRIVER,
+    &qcow::DRIVER,
     &vmdk::DRIVER,
     &vdi::DRIVER,
     &cow::DRIVER,

@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use diskmill_core::{Chain, GuestOffset, Result, SECTOR, State, ZeroHow};
+use diskmill_core::{Chain, GuestOffset, Result, SECTOR, ZeroHow};
 
 use super::map::{Kind, sector};
 use super::parts::{BodyMut, PartMut, lock, look, to_usize};
 use super::tables::Tables;
+use crate::tree::reads_zero;
 
 /// Bytes of the grains of a part that there are: the last may end with the disk.
 pub(super) fn grain_len(part: &PartMut, tables: &Tables, start: u64) -> u64 {
@@ -117,19 +118,6 @@ pub(super) fn write_new(
         return Err(error);
     }
     Ok(now.len())
-}
-
-/// Whether the chain reads as zeros in all of `range`, by its map.
-pub(super) fn reads_zero(below: &Chain, range: Range<u64>) -> Result<bool> {
-    let mut at = range.start;
-    while at < range.end.min(below.virtual_size()) {
-        let run = below.map(GuestOffset::new(at), range.end.saturating_sub(at))?;
-        match run.state {
-            State::Zero { .. } | State::Absent => at = at.saturating_add(run.len),
-            _ => return Ok(false),
-        }
-    }
-    Ok(true)
 }
 
 /// Makes some bytes from `at` zeros, up to `end`, both within a part: at most a grain. Says how many.
