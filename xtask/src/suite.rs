@@ -108,7 +108,7 @@ pub fn soak(args: &[String]) -> Result<(), Failed> {
             .args(["random", "--nocapture"])
             .env("DISKMILL_SEED", seed.to_string())
             .env("DISKMILL_SOAK", &factor)
-            .env("PROPTEST_CASES", "5000")
+            .env("PROPTEST_RNG_SEED", seed.to_string())
             .env("DISKMILL_KERNEL", &peers.kernel)
             .run_and_keep()?;
         add_figures(&mut figures, &lines);

@@ -15,6 +15,7 @@ pub mod host;
 pub mod model;
 pub mod oracle;
 pub mod process;
+pub mod random;
 pub mod scratch;
 pub mod sparse_random;
 pub mod vmware;

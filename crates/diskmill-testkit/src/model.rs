@@ -12,6 +12,7 @@ use crate::contract::layer::same;
 use bitmap::Bitmap;
 
 mod bitmap;
+pub mod random;
 
 /// Something done to a disk. Positions and lengths are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]

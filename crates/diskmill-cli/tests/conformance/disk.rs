@@ -1,13 +1,14 @@
 //! A real disk: ext4 with files of this machine, through every path and back.
 
+use diskmill_testkit::random::soak;
 use diskmill_testkit::{Run, Scratch, ext4, hash, oracle};
 
-use crate::tools::{binary, native, ours, soak, theirs};
+use crate::tools::{binary, native, ours, theirs};
 
 /// Bytes of files on the disk: enough to have every sort, small enough for every run of the tests.
 fn files_len() -> u64 {
     let len: u64 = 48 << 20;
-    len.saturating_mul(soak()).min(160 << 20)
+    len.saturating_mul(soak().into()).min(160 << 20)
 }
 
 /// Bytes of the disk, which is sparse.

@@ -5,10 +5,11 @@ use std::path::Path;
 use std::process::Child;
 use std::time::Duration;
 
+use diskmill_testkit::random::{seed, soak};
 use diskmill_testkit::sparse_random::{SparseRandom, mix};
 use diskmill_testkit::{Run, Scratch, hash, oracle};
 
-use crate::tools::{binary, native, ours, seed, soak, theirs};
+use crate::tools::{binary, native, ours, theirs};
 
 const SIZE: u64 = 24 << 20;
 
@@ -39,7 +40,7 @@ fn interrupted(name: &str, number: i32, may_leave_parts: bool) {
     let scratch = with_disk();
     let mut state = seed() ^ number as u64;
     let mut stopped = 0;
-    let rounds = 10 * soak();
+    let rounds = 10 * u64::from(soak());
     for round in 0..rounds * TARGETS.len() as u64 {
         let (flags, format) = TARGETS[(round % TARGETS.len() as u64) as usize];
         let old = round % 3 != 0;

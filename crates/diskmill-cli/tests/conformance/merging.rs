@@ -4,12 +4,13 @@
 use std::path::Path;
 use std::time::Duration;
 
+use diskmill_testkit::random::{seed, soak};
 use diskmill_testkit::sparse_random::{SparseRandom, mix};
 use diskmill_testkit::{Finished, Scratch, oracle};
 use serde_json::Value;
 
 use crate::disk::Loop;
-use crate::tools::{native, ours, same_json, seed, soak, theirs};
+use crate::tools::{native, ours, same_json, theirs};
 
 const SIZE: u64 = 3 << 20;
 
@@ -645,7 +646,7 @@ fn merging__fifty_images_deep() {
 fn killed(chain: &'static [Layer], words: &str, rounds: u64) {
     let mut state = seed();
     let mut stopped = 0;
-    for round in 0..rounds * soak() {
+    for round in 0..rounds * u64::from(soak()) {
         let twins = Twins::make(chain);
         let (scratch, top) = (&twins.ours, twins.top());
         other(&twins, "raw", "", SIZE);

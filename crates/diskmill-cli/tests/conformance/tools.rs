@@ -81,19 +81,3 @@ pub fn same_json(scratch: &Scratch, words: &str) -> serde_json::Value {
     );
     left
 }
-
-/// The seed of randomised tests: `DISKMILL_SEED`, or one that is always the same.
-pub fn seed() -> u64 {
-    std::env::var("DISKMILL_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok())
-        .unwrap_or(20_251_122)
-}
-
-/// How much longer randomised tests run than in CI.
-pub fn soak() -> u64 {
-    std::env::var("DISKMILL_SOAK")
-        .ok()
-        .and_then(|factor| factor.parse().ok())
-        .unwrap_or(1)
-}

@@ -514,7 +514,7 @@ fn any_cipher() -> impl Strategy<Value = CipherSpec> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(diskmill_testkit::random::config(24))]
 
     /// Sectors at once, or one by one: the same; and back again.
     #[test]

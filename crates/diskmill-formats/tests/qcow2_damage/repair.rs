@@ -6,6 +6,7 @@ use std::sync::Arc;
 use diskmill_core::{CheckReport, GuestOffset, Layer, OpenSpec, Repair, State};
 use diskmill_testkit::fault::Journal;
 use diskmill_testkit::oracle;
+use diskmill_testkit::random::{Dice, seed, soak};
 use diskmill_testkit::scratch::{self, patch};
 
 use super::cases::{CASES, Case, Rival};
@@ -170,39 +171,6 @@ fn a_repair_of_leaks_leaves_the_rest() {
     }
 }
 
-/// What happens to an image that is repaired, undisturbed or not.
-fn soak() -> bool {
-    std::env::var_os("DISKMILL_SOAK").is_some()
-}
-
-/// Random numbers that are the same every time, unless another seed is asked for.
-struct Dice {
-    state: u64,
-    /// What to set `DISKMILL_SEED` to, to see the same again.
-    seed: u64,
-}
-
-impl Dice {
-    fn new(salt: u64) -> Self {
-        let seed: u64 = std::env::var("DISKMILL_SEED").map_or(1, |seed| seed.parse().expect("a number"));
-        Self {
-            state: seed << 8 | salt,
-            seed,
-        }
-    }
-
-    fn next(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.state ^ self.state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-}
-
 /// Whether all that a damage may look for is in the file.
 fn in_reach(victim: &Victim) -> bool {
     let mut places = vec![
@@ -238,12 +206,9 @@ fn random_pairs_of_damages_end_sound() {
         // Some need what an image of another kind has.
         let fits = |case: &&Case| case.options == options && [name, "with_two_runs"].contains(&case.image.1);
         let cases: Vec<&Case> = CASES.iter().filter(fits).collect();
-        for _ in 0..if soak() { 400 } else { 12 } {
-            let pair = [0, 1].map(|_| cases[dice.below(cases.len() as u64) as usize]);
-            let context = format!(
-                "{} + {} (DISKMILL_SEED={})",
-                pair[0].name, pair[1].name, dice.seed
-            );
+        for _ in 0..12 * soak() {
+            let pair = [0, 1].map(|_| *dice.one_of(&cases));
+            let context = format!("{} + {} (DISKMILL_SEED={})", pair[0].name, pair[1].name, seed());
             std::fs::write(&sound.path, &bytes).unwrap();
             for case in pair {
                 // The second may look for what the first has put out of reach.
@@ -268,7 +233,7 @@ fn scramble(victim: &Victim, dice: &mut Dice) {
     ];
     let len = scratch::len(&victim.path);
     for _ in 0..1 + dice.below(5) {
-        let place = places[dice.below(4) as usize];
+        let place = *dice.one_of(&places);
         let at = place + 8 * dice.below(20);
         let value = match dice.below(6) {
             0 => dice.next(),
@@ -294,11 +259,11 @@ fn random_damage_ends_sound() {
     ] {
         let victim = image(options);
         let bytes = std::fs::read(&victim.path).unwrap();
-        for round in 0..if soak() { 2000 } else { 20 } {
+        for round in 0..20 * soak() {
             std::fs::write(&victim.path, &bytes).unwrap();
             scramble(&victim, &mut dice);
             let report = repair(&victim.path, Repair::All).unwrap();
-            let context = format!("round {round} of {options:?} (DISKMILL_SEED={})", dice.seed);
+            let context = format!("round {round} of {options:?} (DISKMILL_SEED={})", seed());
             assert_eq!(numbers(&report), (0, 0, 0), "{context}: {report:#?}");
             assert_sound(&victim.path, &context);
         }

@@ -8,9 +8,9 @@ use diskmill_storage::Memory;
 use diskmill_testkit::crash::{Effect, Effort, Figures, Tale};
 use diskmill_testkit::fault::Journal;
 use diskmill_testkit::oracle;
+use diskmill_testkit::random::seed;
 
 use super::images::{self, Disks, Image};
-use super::model::seed;
 use super::subject;
 
 fn amend(disks: &Disks, image: &Image, wish: &str) -> diskmill_core::Result<()> {

@@ -12,10 +12,10 @@ use diskmill_testkit::crash::{Effect, Effort, Picture, Tale, Tolerance};
 use diskmill_testkit::fault::{Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::pattern;
 use diskmill_testkit::oracle;
+use diskmill_testkit::random::{seed, soak};
 use diskmill_testkit::sparse_random::mix;
 
 use super::images::{self, Disks, Image, KINDS, Kind, ROLES, Setup, how};
-use super::model::{seed, soak};
 use super::subject;
 
 fn spec(compress: bool) -> CompactSpec {

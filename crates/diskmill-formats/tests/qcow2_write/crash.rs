@@ -8,11 +8,11 @@ use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Tale, Tolerance}
 use diskmill_testkit::fault::{Change, Failure, Faults, Journal, Lasting};
 use diskmill_testkit::figures;
 use diskmill_testkit::model::{Model, Op};
+use diskmill_testkit::random::{runner, seed, soak};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
 
 use super::images::{self, Disks, Image, Kind};
-use super::model::{runner, seed, soak};
 use super::subject;
 
 /// The operations of a story: the same for the same kind.

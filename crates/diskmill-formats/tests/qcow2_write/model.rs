@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskmill_core::{Layer, ZeroHow};
 use diskmill_testkit::model::{BitmapAction, Model, Op};
+use diskmill_testkit::random::{runner, seed, soak};
 use diskmill_testkit::sparse_random::mix;
 use diskmill_testkit::{contract, figures};
 use proptest::prelude::*;
-use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use super::images::{self, Image, KINDS, Kind, Setup};
 use super::subject;
@@ -98,32 +98,6 @@ fn follow(image: &Image, ops: &[Op]) {
     assert!(seen.snapshots == *model.snapshots(), "the snapshots");
     model.assert_bitmaps(subject::attach(&files, None).expect("open").as_ref());
     image.assert_good(&files, model.bytes());
-}
-
-/// How many times the usual work `cargo xtask soak` wants.
-pub fn soak() -> u32 {
-    std::env::var("DISKMILL_SOAK").map_or(1, |times| times.parse().expect("a number"))
-}
-
-/// What random choices are made from.
-pub fn seed() -> u64 {
-    std::env::var("DISKMILL_SEED").map_or(1, |seed| seed.parse().expect("a number"))
-}
-
-/// Random choices: the same every time, so that a failure can be seen again, unless `cargo xtask soak` wants others.
-///
-/// `salt` keeps tests from making the same choices.
-pub fn runner(cases: u32, salt: u64) -> TestRunner {
-    let config = Config {
-        cases,
-        failure_persistence: None,
-        max_shrink_iters: 1000,
-        ..Config::default()
-    };
-    let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&seed().to_le_bytes());
-    bytes[8..16].copy_from_slice(&salt.to_le_bytes());
-    TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
 }
 
 /// Follows random operations on `image`, and adds their number to `steps`.

@@ -10,9 +10,10 @@ use diskmill_formats::vdi;
 use diskmill_testkit::crash::{self, Effect, Effort, Figures, Picture, Subject, Tale, Tolerance};
 use diskmill_testkit::fault::{Change, Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::{self, Model, Op};
+use diskmill_testkit::random::{seed, soak};
 
 use super::images::{self, Image, M};
-use super::model::{ops, seed, soak};
+use super::model::ops;
 
 impl Subject for Image {
     fn look(&self, files: &[Vec<u8>]) -> Result<Picture> {

@@ -1,6 +1,8 @@
 //! Damage: what the hostile-input table of docs/formats/vdi.md says, and what a check and a repair make of it.
 
 use diskmill_core::{ErrorKind, GuestOffset, Repair};
+use diskmill_testkit::random::{seed, soak};
+use diskmill_testkit::sparse_random::mix;
 use diskmill_testkit::{Scratch, oracle};
 
 use super::images::{self, M};
@@ -184,10 +186,8 @@ fn blocks_behind_the_last_slot_leak() {
 #[test]
 fn random_damage_is_survived() {
     let (image, good) = image();
-    for round in 0..300 * u64::from(super::model::soak()) {
-        let random = |which: u64| {
-            diskmill_testkit::sparse_random::mix(super::model::seed() << 40 ^ round << 8 ^ which)
-        };
+    for round in 0..300 * u64::from(soak()) {
+        let random = |which: u64| mix(seed() << 40 ^ round << 8 ^ which);
         let mut file = good.clone();
         for change in 0..1 + random(0) % 4 {
             let value = match random(10 + change) % 4 {

@@ -4,15 +4,14 @@ use std::sync::Arc;
 
 use diskmill_core::{GuestOffset, Layer, Reserve};
 use diskmill_testkit::contract;
-use diskmill_testkit::model::{Model, Op};
+use diskmill_testkit::model::{self, Model, Op};
+use diskmill_testkit::random::soak;
 
 use super::images::{self, Image, KINDS, Kind, M};
-use super::support::disk;
-pub use super::support::disk::{seed, soak};
 
 /// `count` operations on an image of `kind`.
 pub fn ops(kind: &Kind, salt: u64, count: u64) -> Vec<Op> {
-    disk::ops(kind.size, M, salt, count)
+    model::random::ops(kind.size, M, salt, count)
 }
 
 fn follow(image: &Image, ops: &[Op]) {

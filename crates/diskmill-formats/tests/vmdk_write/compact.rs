@@ -7,12 +7,12 @@ use diskmill_core::{ErrorKind, GuestOffset, Job, Silent, ZeroHow};
 use diskmill_testkit::crash::{Effect, Effort, Picture, Tale};
 use diskmill_testkit::fault::{Change, Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::Op;
+use diskmill_testkit::random::seed;
 use diskmill_testkit::vmware;
 
 use super::crash::play;
 use super::damage::{GD, RGD, put, table, word};
 use super::images::{self, Disk, G, Image, KINDS, Kind};
-use super::model::seed;
 
 /// An image of `kind` in which every grain is stored, some of them zeros.
 fn full(kind: &Kind) -> Image {

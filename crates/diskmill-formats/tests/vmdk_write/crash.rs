@@ -7,9 +7,10 @@ use diskmill_core::{CheckReport, GuestOffset, Repair, Result};
 use diskmill_testkit::crash::{self, Effect, Effort, Figures, Picture, Subject, Tale, Tolerance};
 use diskmill_testkit::fault::{Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::{self, Model, Op};
+use diskmill_testkit::random::{seed, soak};
 
 use super::images::{self, G, Image};
-use super::model::{ops, seed, soak};
+use super::model::ops;
 
 impl Subject for Image {
     fn look(&self, files: &[Vec<u8>]) -> Result<Picture> {

@@ -2,59 +2,16 @@
 
 use std::sync::Arc;
 
-use diskmill_core::{GuestOffset, Layer, LayerMut, ZeroHow};
-use diskmill_testkit::model::{Model, Op};
-use diskmill_testkit::sparse_random::mix;
+use diskmill_core::{GuestOffset, Layer, LayerMut};
+use diskmill_testkit::model::{self, Model, Op};
+use diskmill_testkit::random::soak;
 use diskmill_testkit::{contract, oracle};
 
 use super::images::{self, G, Image, KINDS, Kind};
 
-/// How many times the usual work `cargo xtask soak` wants.
-pub fn soak() -> u32 {
-    std::env::var("DISKMILL_SOAK").map_or(1, |times| times.parse().expect("a number"))
-}
-
-/// What random choices are made from.
-pub fn seed() -> u64 {
-    std::env::var("DISKMILL_SEED").map_or(1, |seed| seed.parse().expect("a number"))
-}
-
 /// `count` operations on an image of `kind`.
 pub fn ops(kind: &Kind, salt: u64, count: u64) -> Vec<Op> {
-    let size = kind.size;
-    (0..count)
-        .map(|step| {
-            let random = |which: u64| mix(mix(seed() ^ salt << 32) ^ step << 8 ^ which);
-            let at = match random(0) % 3 {
-                0 => random(1) % (size / G + 1) * G,
-                1 => random(1) % (size / 512) * 512,
-                _ => random(1) % size,
-            };
-            let len = match random(2) % 4 {
-                0 => 1 + random(3) % 5000,
-                1 => 512 * (1 + random(3) % 8),
-                2 => G * (1 + random(3) % 3),
-                _ => 1 + random(3) % (3 * G),
-            };
-            let how = [ZeroHow::KeepAllocated, ZeroHow::MayUnmap][(random(4) % 2) as usize];
-            match random(5) % 16 {
-                0..=6 => Op::Write {
-                    at,
-                    len,
-                    fill: random(6) as u8,
-                },
-                7..=9 => Op::Zero { at, len, how },
-                10 | 11 => Op::Discard { at, len },
-                12 => Op::Flush,
-                13 => Op::Resize {
-                    size: (1 + random(7) % (size * 5 / 4 / 512)) * 512,
-                },
-                14 => Op::Reopen,
-                _ if random(8) % 3 == 0 => Op::Clear,
-                _ => Op::Flush,
-            }
-        })
-        .collect()
+    model::random::ops(kind.size, G, salt, count)
 }
 
 fn follow(image: &Image, ops: &[Op]) {

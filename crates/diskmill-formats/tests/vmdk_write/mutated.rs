@@ -2,11 +2,11 @@
 //! what a repair leaves a second one does not touch.
 
 use diskmill_core::{Chain, GuestOffset, Layer, Repair, State};
+use diskmill_testkit::random::{seed, soak};
 use diskmill_testkit::sparse_random::mix;
 use diskmill_testkit::vmware;
 
 use super::images::{self, G, KINDS};
-use super::model::{seed, soak};
 
 /// Runs a reader would ask for at most, whatever the size of the disk is said to be.
 const RUNS: usize = 60;

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use diskmill_testkit::crash::{Effort, Figures, Tale};
 use diskmill_testkit::figures::tell_cuts;
+use diskmill_testkit::random::{seed, soak};
 
-use super::operations::{OPERATIONS, seed, soak};
+use super::operations::OPERATIONS;
 use super::world::{Operation, Recorded, Recorder, World};
 
 fn survive(operation: &Operation) -> Figures {

@@ -7,8 +7,9 @@ use diskmill_core::ErrorKind;
 use diskmill_testkit::crash::Tale;
 use diskmill_testkit::fault::{Failure, Faults, Journal, Lasting};
 use diskmill_testkit::figures::tell;
+use diskmill_testkit::random::soak;
 
-use super::operations::{OPERATIONS, soak};
+use super::operations::OPERATIONS;
 use super::world::{Disturber, Operation, Outcome, Recorded, World};
 
 /// Calls of each operation that are made to fail.

@@ -20,16 +20,6 @@ use diskmill_testkit::{Scratch, oracle};
 
 use super::world::{Operation, Outcome, World};
 
-/// What random choices are made from.
-pub fn seed() -> u64 {
-    std::env::var("DISKMILL_SEED").map_or(1, |seed| seed.parse().expect("a number"))
-}
-
-/// How many times the usual work `cargo xtask soak` wants.
-pub fn soak() -> u32 {
-    std::env::var("DISKMILL_SOAK").map_or(1, |times| times.parse().expect("a number"))
-}
-
 /// Repairs everything in every image.
 pub fn repair(world: &World) -> Result<()> {
     for name in world.scratch.names() {

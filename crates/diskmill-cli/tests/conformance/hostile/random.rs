@@ -2,12 +2,13 @@
 //!
 //! Besides surviving, ours must never read what `qemu-img` refuses to read, nor read it otherwise.
 
+use diskmill_testkit::random::{seed, soak};
 use diskmill_testkit::sparse_random::mix;
 use diskmill_testkit::{Scratch, hash};
 
 use super::image::{BASES, Base, Image};
 use super::run;
-use crate::tools::{seed, soak, theirs};
+use crate::tools::theirs;
 
 /// Numbers that are on the edge of something.
 const EDGES: [u64; 12] = [

@@ -4,11 +4,11 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
 use diskmill_testkit::figures::tell;
+use diskmill_testkit::random::{seed, soak};
 use diskmill_testkit::sparse_random::mix;
 
 use super::{Case, Leaves, VICTIMS, copy};
 use crate::interrupt::signal;
-use crate::tools::{seed, soak};
 
 /// Kills each command some times with signal `name`.
 fn killed(name: &str, number: i32) {

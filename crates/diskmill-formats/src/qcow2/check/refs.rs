@@ -307,8 +307,10 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(diskmill_testkit::random::config(256))]
+
         #[test]
-        fn counts_are_those_of_a_plain_array(adds in proptest::collection::vec((0_u64..9000, 1_u64..300, 1_u64..200), 0..40)) {
+        fn random_counts_are_those_of_a_plain_array(adds in proptest::collection::vec((0_u64..9000, 1_u64..300, 1_u64..200), 0..40)) {
             let references = References::default();
             let mut model = vec![0_u64; 9300];
             for (start, len, weight) in adds {
@@ -331,7 +333,7 @@ mod tests {
         }
 
         #[test]
-        fn runs_of_single_references_stay_bits(runs in proptest::collection::vec(1_u64..300, 1..60)) {
+        fn random_runs_of_single_references_stay_bits(runs in proptest::collection::vec(1_u64..300, 1..60)) {
             let references = References::default();
             let mut next = 0;
             for run in &runs {

@@ -422,8 +422,10 @@ prop_compose! {
 }
 
 proptest! {
+    #![proptest_config(diskmill_testkit::random::config(256))]
+
     #[test]
-    fn what_is_written_is_read_back(header in any_header()) {
+    fn random_headers_are_read_back(header in any_header()) {
         let bytes = header.to_bytes().unwrap();
         let again = Header::parse(&bytes).unwrap();
         prop_assert_eq!(&again, &header);
@@ -431,7 +433,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_parsed_or_refused(mut bytes in proptest::collection::vec(any::<u8>(), 0..600), version in 1_u32..5) {
+    fn random_bytes_are_parsed_or_refused(mut bytes in proptest::collection::vec(any::<u8>(), 0..600), version in 1_u32..5) {
         let _ = Header::parse(&bytes);
         for (at, change) in [(0, MAGIC), (4, version), (20, 9)] {
             if let Some(field) = bytes.get_mut(at..at + 4) {
@@ -442,7 +444,7 @@ proptest! {
     }
 
     #[test]
-    fn mutated_headers_are_parsed_or_refused(
+    fn headers_changed_at_random_are_parsed_or_refused(
         header in any_header(),
         changes in proptest::collection::vec((0_usize..200, any::<u8>()), 1..8),
     ) {

@@ -123,8 +123,10 @@ fn guest_offsets_fall_on_tables() {
 }
 
 proptest! {
+    #![proptest_config(diskmill_testkit::random::config(256))]
+
     #[test]
-    fn any_entry_is_understood_or_refused(entry: u64, bitmap: u64, cluster_bits in 14_u32..22, extended: bool, data_file: bool) {
+    fn random_entries_are_understood_or_refused(entry: u64, bitmap: u64, cluster_bits in 14_u32..22, extended: bool, data_file: bool) {
         let geometry = Geometry::new(Version::V3, ClusterBits::new(cluster_bits).unwrap(), extended, data_file);
         let span = L2Entry(entry).span(geometry);
         prop_assert!(span.len >= 1 && span.len <= 2 * geometry.cluster_size());

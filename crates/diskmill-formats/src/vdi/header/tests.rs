@@ -164,8 +164,10 @@ fn odd_sizes_are_rounded_up() {
 }
 
 proptest! {
+    #![proptest_config(diskmill_testkit::random::config(256))]
+
     #[test]
-    fn mutated_headers_never_panic(
+    fn headers_changed_at_random_never_panic(
         changes in proptest::collection::vec((0..512_usize, any::<u8>()), 0..12),
         len in 0..8_u64 << 20,
         of_diff in any::<bool>(),

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use diskmill_core::{BitmapError, Chain, GuestOffset, LayerMut, NewBitmap, NewSnapshot, ZeroHow};
 use diskmill_testkit::fault::Journal;
+use diskmill_testkit::random::{seed, soak};
 use diskmill_testkit::{Scratch, model, oracle};
 
 use super::super::images::{self, Disks};
-use super::super::model::soak;
 use super::{Stored, new, stored};
 
 type Change<'a> = &'a dyn Fn(&Arc<dyn LayerMut>);
@@ -94,10 +94,11 @@ fn cut(before: &Before, what: &str, whole: bool, change: Change<'_>) {
     let (old, new) = (stored(&before.files[0]), stored(&after[0]));
     let start = disk(&before.files);
     for count in 0..=journal.len() {
-        for seed in 0..=2 * u64::from(soak()) {
-            let files = match seed {
+        for number in 0..=2 * u64::from(soak()) {
+            let seed = seed() ^ number << 8;
+            let files = match number {
                 0 => journal.prefix(count),
-                seed => journal.crash(count, seed),
+                _ => journal.crash(count, seed),
             };
             let context = format!("{}: {what}, cut {count}, seed {seed}", before.name);
             let report = images::check(&files).unwrap_or_else(|error| panic!("{context}: {error:?}"));

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use diskmill_core::{GuestOffset, LayerMut, NewBitmap, ZeroHow};
+use diskmill_testkit::random::{seed, soak};
 use diskmill_testkit::sparse_random::mix;
 use diskmill_testkit::{Scratch, oracle};
 
 use super::super::images::{self, Disks};
-use super::super::model::{seed, soak};
 use super::stored;
 
 /// Something that is done to an image.
