@@ -1,10 +1,13 @@
 //! Encrypted disks, ours and others': headers, keys and contents, with qemu and cryptsetup as judges.
 
+mod hostile;
 mod qemu;
+mod slots;
 
+use std::error::Error as _;
 use std::path::Path;
 
-use diskmill_core::{HostOffset, Job, Options, Storage, StorageMut};
+use diskmill_core::{Error, HostOffset, Job, Options, Storage, StorageMut};
 use diskmill_formats::crypt::luks::{NewVolume, Place, Plan, Volume};
 use diskmill_storage::Memory;
 
@@ -14,6 +17,20 @@ const SIZE: usize = 64 << 10;
 /// The file at `path`, in memory.
 fn load(path: impl AsRef<Path>) -> Memory {
     Memory::from(std::fs::read(path).unwrap())
+}
+
+/// A choice that opens quickly, also unoptimised.
+const QUICK: &str = "cipher-alg=aes-128,cipher-mode=cbc,hash-alg=sha1";
+
+/// An error and all that is behind it.
+fn text(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        text = format!("{text}: {error}");
+        next = error.source();
+    }
+    text
 }
 
 /// A disk that is another in every sector.

@@ -219,6 +219,9 @@ fn check_overlaps(slots: &[Slot], material_len: u64, payload_sector: Option<u32>
         if end > payload {
             return Err(LuksError::SlotInPayload(index));
         }
+    }
+    for (index, slot) in slots.iter().enumerate() {
+        let (start, end) = range(slot);
         for (other_index, other) in slots.iter().enumerate().skip(index.saturating_add(1)) {
             let (other_start, other_end) = range(other);
             if start < other_end && other_start < end {

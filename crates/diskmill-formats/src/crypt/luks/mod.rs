@@ -24,9 +24,6 @@ mod layout;
 mod slots;
 mod unlock;
 
-#[cfg(test)]
-mod tests;
-
 use diskmill_core::{Error, ErrorKind, Format, HostOffset, Result, Storage, Value};
 
 use super::CryptError;
