@@ -24,9 +24,7 @@ pub struct KeyArgs {
     /// A secret or another object that options refer to
     #[arg(long, value_name = "OBJDEF")]
     object: Vec<String>,
-    /// Passphrase of encrypted images, from this file; '-' is standard input (default: asked for on a terminal)
-    ///
-    /// The line end of a file of one line is not part of the passphrase.
+    /// Passphrase of encrypted images: what is in this file, without the line end of its line; '-' is standard input
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath, help_heading = NATIVE)]
     passphrase_file: Option<PathBuf>,
     /// What they come to, once that is known: a pipe can be read once.
@@ -37,7 +35,7 @@ pub struct KeyArgs {
 /// An option that says what the key of a new image, or a new key, is.
 #[derive(Args, Clone, Debug)]
 pub struct NewKeyArgs {
-    /// Passphrase of what is made, from this file: qcow2 is encrypted then (default: that of --passphrase-file)
+    /// Passphrase of what is made, in the same way: qcow2 is encrypted then (default: that of --passphrase-file)
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath, help_heading = NATIVE)]
     pub new_passphrase_file: Option<PathBuf>,
 }
@@ -91,9 +89,14 @@ impl KeyArgs {
         Ok(secrets)
     }
 
-    /// Whether a passphrase comes through standard input.
-    pub fn takes_stdin(&self) -> bool {
-        self.passphrase_file.as_deref() == Some(Path::new("-"))
+    /// Fails if a passphrase comes through standard input, which something else is wanted of.
+    pub fn leave_stdin(&self, ui: &Ui) -> Result<(), Failure> {
+        match self.passphrase_file.as_deref() {
+            Some(path) if path == Path::new("-") && !ui.drop_in() => Err(Failure::usage(
+                "standard input cannot be both a disk and a passphrase",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Warns if a passphrase was given that nothing needed: somebody may believe that something is encrypted.

@@ -122,6 +122,9 @@ impl Run for ConvertArgs {
     const NAME: &'static str = "convert";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
+        if self.names.iter().any(|name| name == "-") {
+            self.how.native.keys.leave_stdin(ui)?;
+        }
         let json = self.how.wants_json(ui)?;
         let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)?;
         let format = self.format();
@@ -453,11 +456,6 @@ impl ConvertArgs {
 
     fn input(&self, ui: &Ui, name: &OsString, snapshot: Option<WhichSnapshot>) -> Result<Input, Failure> {
         if !ui.drop_in() && name == "-" {
-            if self.how.native.keys.takes_stdin() {
-                return Err(Failure::usage(
-                    "standard input cannot be both the source and the passphrase",
-                ));
-            }
             return match self.source_format.as_deref() {
                 None | Some("raw") => Ok(Input::Stdin),
                 Some(_) => {

@@ -145,7 +145,10 @@ impl Run for DdArgs {
         let output = operands.output.as_ref().filter(|name| !standard(name));
         let mut size = None;
         let source = match input {
-            None => Input::Stdin,
+            None => {
+                self.how.native.keys.leave_stdin(ui)?;
+                Input::Stdin
+            }
             Some(name) => {
                 let request = self.source(ui, name)?;
                 let image = open::image(&request).map_err(|error| Failure::open(name, error))?;

@@ -9,6 +9,7 @@ mod commands;
 mod drop_in;
 mod help;
 mod native;
+mod objects;
 
 /// Our command under the name `qemu-img`.
 fn ours(dir: impl AsRef<Path>) -> Run {
