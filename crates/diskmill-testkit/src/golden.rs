@@ -52,14 +52,63 @@ impl Golden {
     /// Unpacks the image and what it needs into `scratch`; returns the image's path.
     pub fn unpack(&self, scratch: &Scratch) -> PathBuf {
         for name in self.needs.iter().chain([&self.name]) {
-            let packed = folder().join(format!("{name}.zst"));
-            let bytes = std::fs::read(&packed)
-                .and_then(|bytes| zstd::decode_all(bytes.as_slice()))
-                .unwrap_or_else(|error| panic!("unpack {}: {error}", packed.display()));
-            scratch.file(name, &bytes);
+            unpack(&folder(), name, scratch);
         }
         scratch.join(&self.name)
     }
+}
+
+fn unpack(folder: &Path, name: &str, scratch: &Scratch) {
+    let packed = folder.join(format!("{name}.zst"));
+    let bytes = std::fs::read(&packed)
+        .and_then(|bytes| zstd::decode_all(bytes.as_slice()))
+        .unwrap_or_else(|error| panic!("unpack {}: {error}", packed.display()));
+    scratch.file(name, &bytes);
+}
+
+/// A file that a program of another time made, which nobody can make anew.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Relic {
+    /// Its name.
+    pub name: String,
+    /// The digest of its bytes, in hexadecimal.
+    pub sha256: String,
+    /// Bytes of the disk.
+    pub virtual_size: u64,
+    /// The file it is backed by.
+    pub backing: Option<String>,
+    /// The digest of the guest bytes as that program read them, if it could.
+    pub guest_sha256: Option<String>,
+}
+
+/// The files kept in the folder `format`, unpacked into `scratch`.
+pub fn relics(format: &str, scratch: &Scratch) -> Vec<Relic> {
+    let folder = folder().join(format);
+    let table = std::fs::read_to_string(folder.join("samples.tsv")).expect("the table of relics");
+    let some = |field: &str| (field != "-").then(|| field.to_owned());
+    let relic = |row: &str| -> Option<Relic> {
+        let mut fields = row.split('\t');
+        let name = fields.next()?.to_owned();
+        let sha256 = fields.nth(1)?.to_owned();
+        let virtual_size = fields.nth(1)?.parse().ok()?;
+        let backing = some(fields.next()?);
+        let guest_sha256 = some(fields.nth(2)?);
+        Some(Relic {
+            name,
+            sha256,
+            virtual_size,
+            backing,
+            guest_sha256,
+        })
+    };
+    let rows = table.lines().skip(1);
+    let relics: Vec<Relic> = rows
+        .map(|row| relic(row).unwrap_or_else(|| panic!("a bad row: {row}")))
+        .collect();
+    for relic in &relics {
+        unpack(&folder, &relic.name, scratch);
+    }
+    relics
 }
 
 /// Packs the file at `path` into the folder.

@@ -48,7 +48,7 @@ fn behind_bitmap(geometry: Geometry, file: &dyn Storage) -> Result<(HostOffset, 
     let at = HostOffset::new(geometry.bitmap_at()).plus(whole)?;
     let end = geometry.data_at().min(file.len()?);
     let mut bytes = vec![0; usize::try_from(end.saturating_sub(at.get())).unwrap_or(0)];
-    file.read_at(at, &mut bytes)?;
+    file.read_padded(at, &mut bytes)?;
     if let Some(first) = bytes.first_mut() {
         *first = from_bit(*first, geometry.sectors() % 8);
     }

@@ -3,13 +3,11 @@
 
 use std::sync::Arc;
 
-use diskmill_core::{
-    CheckReport, CompactSpec, Driver, ErrorKind, GuestOffset, Job, Repair, Result, Role, Storage,
-};
+use diskmill_core::{CheckReport, CompactSpec, Driver, GuestOffset, Job, Repair, Result, Role, Storage};
 use diskmill_formats::vdi;
-use diskmill_testkit::crash::{self, Effect, Effort, Figures, Picture, Subject, Tale, Tolerance};
-use diskmill_testkit::fault::{Change, Failure, Faults, Journal, Lasting};
-use diskmill_testkit::model::{self, Model, Op};
+use diskmill_testkit::crash::{Effect, Effort, Figures, Picture, Subject, Tale, Tolerance};
+use diskmill_testkit::fault::{Change, Journal};
+use diskmill_testkit::model::Op;
 use diskmill_testkit::random::{seed, soak};
 
 use super::images::{self, Image, M};
@@ -31,15 +29,7 @@ impl Subject for Image {
     }
 
     fn overwrite(&self, files: &[Vec<u8>]) -> Result<Vec<Vec<u8>>> {
-        let disk = images::memory(&files[0]);
-        let layer = images::open(&disk)?;
-        let bytes: Vec<u8> = (0..layer.virtual_size())
-            .map(|at| model::pattern(0x5b, at))
-            .collect();
-        layer.write_at(GuestOffset::ZERO, &bytes, &self.below)?;
-        layer.flush()?;
-        drop(layer);
-        Ok(vec![images::bytes(&disk)])
+        Ok(vec![self.stage().overwrite(&files[0])?])
     }
 
     fn second_opinion(&self, files: &[Vec<u8>], _tolerance: Tolerance) -> Result<(), String> {
@@ -50,35 +40,9 @@ impl Subject for Image {
     }
 }
 
-fn effect(op: &Op, same: bool) -> Effect {
-    match op {
-        Op::Flush => Effect::Settles,
-        Op::Resize { .. } if !same => Effect::Settles,
-        _ => Effect::Flows,
-    }
-}
-
 /// Plays a story.
 fn play(name: String, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> Tale {
-    let disk = journal.record(images::memory(&image.file));
-    let mut layer = images::open(&disk).expect("open");
-    let mut model = Model::new(image.start.clone());
-    let mut tale = Tale::new(name, journal, Picture::of(image.start.clone()));
-    for op in ops {
-        let mark = tale.mark();
-        let through = crash::given_up(op, model.bytes(), &image.below);
-        if *op == Op::Reopen {
-            drop(layer);
-            layer = images::open(&disk).expect("open again");
-        }
-        model
-            .apply(op, &layer, &image.below, M, &|_| None)
-            .unwrap_or_else(|error| panic!("{op:?}: {error:?}"));
-        let after = Picture::of(model.bytes().to_vec());
-        let effect = effect(op, tale.now().disk.len() == after.disk.len());
-        tale.note_through(mark, format!("{op:?}"), effect, through, after);
-    }
-    tale
+    image.stage().play(name, ops, journal)
 }
 
 #[test]
@@ -237,58 +201,6 @@ fn a_call_that_fails_corrupts_nothing() {
         }
         ops.push(Op::Resize { size: M + 512 });
         ops.retain(|op| *op != Op::Reopen);
-        let attempt = |faults: &Arc<Faults>| {
-            let inner = images::memory(&image.file);
-            let disk = faults.wrap(Arc::clone(&inner));
-            let mut failed = None;
-            match images::open(&disk) {
-                Err(error) => failed = Some(error),
-                Ok(layer) => {
-                    let mut model = Model::new(image.start.clone());
-                    for op in &ops {
-                        if let Err(error) = model.apply(op, &layer, &image.below, M, &|_| None) {
-                            failed = Some(error);
-                            break;
-                        }
-                    }
-                    // Whoever does not give up at once must do no harm either, and learns it again.
-                    let more = layer.write_at(GuestOffset::ZERO, &[1; 512], &image.below);
-                    failed = failed.or(more.err());
-                    failed = failed.or(layer.flush().err());
-                }
-            }
-            (images::bytes(&inner), failed)
-        };
-        let calls = {
-            let faults = Faults::new();
-            let failed = attempt(&faults).1;
-            assert!(failed.is_none(), "{failed:?}");
-            faults.calls()
-        };
-        for number in (0..calls).step_by(calls.div_ceil(20).max(1) as usize) {
-            for (failure, lasting) in [
-                (Failure::Io, Lasting::Once),
-                (Failure::ShortWrite, Lasting::ForGood),
-            ] {
-                let faults = Faults::new();
-                faults.fail_at(number, failure, lasting);
-                let (file, failed) = attempt(&faults);
-                if faults.struck() > 0 && lasting == Lasting::ForGood {
-                    let error = failed.unwrap_or_else(|| panic!("{name}, call {number}: nobody noticed"));
-                    assert_ne!(
-                        error.kind(),
-                        ErrorKind::Corrupt,
-                        "{name}, call {number}: {error:?}"
-                    );
-                }
-                let report = images::check(&file).expect("check");
-                assert_eq!(
-                    (report.check_errors, report.corruptions),
-                    (0, 0),
-                    "{name}, call {number}, {failure:?} {lasting:?}: {:#?}",
-                    report.findings
-                );
-            }
-        }
+        image.stage().fail(name, &ops);
     }
 }

@@ -12,7 +12,7 @@ use diskmill_testkit::contract::builder::{Guest, fill};
 use diskmill_testkit::sparse_random::mix;
 use diskmill_testkit::{Scratch, oracle};
 
-use super::support::disk;
+use super::support::disk::{self, Stage};
 pub use super::support::disk::{bytes, how, memory};
 
 /// How an image is made.
@@ -235,6 +235,17 @@ pub fn orphaned(bytes: &[u8]) -> Vec<u8> {
 }
 
 impl Image {
+    /// The image, to play with.
+    pub fn stage(&self) -> Stage<'_> {
+        Stage {
+            driver: &vdi::DRIVER,
+            file: &self.file,
+            start: &self.start,
+            below: &self.below,
+            unit: M,
+        }
+    }
+
     /// What the files show.
     pub fn read(&self, bytes: &[u8]) -> Result<Vec<u8>> {
         disk::read(&vdi::DRIVER, bytes, &self.below)
