@@ -325,6 +325,12 @@ pub trait Builder: Send {
         false
     }
 
+    /// Whether zeros take as much as data, since there is no other way to store them: whoever has them as data, which
+    /// many threads can encode, had better place them as such. What is not placed at all reads as anything.
+    fn stores_zeros(&self) -> bool {
+        false
+    }
+
     /// An encoder for one worker.
     fn encoder(&self) -> Result<Box<dyn Encoder>>;
 

@@ -113,6 +113,11 @@ pub trait LayerMut: Layer {
         ))
     }
 
+    /// Whether zeros take as much as data, since there is no other way to store them.
+    fn stores_zeros(&self) -> bool {
+        false
+    }
+
     /// Makes `range` read as zeros.
     fn zero(&self, range: Range<GuestOffset>, how: ZeroHow, below: &Chain) -> Result<()>;
 
@@ -123,7 +128,7 @@ pub trait LayerMut: Layer {
     /// by now, so that nothing counts as changed in dirty bitmaps.
     fn clear(&self) -> Result<()>;
 
-    /// Changes the virtual size. New bytes read as zeros.
+    /// Changes the virtual size. New bytes read as zeros, but where [`stores_zeros`](Self::stores_zeros): as anything.
     fn resize(&self, size: u64, below: &Chain) -> Result<()>;
 
     /// Whether [`resize`](Self::resize) can give the disk this size. If not it refuses, and the image has to be written

@@ -22,6 +22,8 @@ mod bounds;
 pub mod codec;
 pub mod cow;
 pub mod crypt;
+mod flight;
+pub mod luks;
 pub mod ova;
 pub mod preallocation;
 pub mod probe;

@@ -2,15 +2,16 @@
 
 use diskmill_core::Driver;
 
-use crate::{cow, qcow, qcow2, raw, vdi, vmdk};
+use crate::{cow, luks, qcow, qcow2, raw, vdi, vmdk};
 
-static DRIVERS: [&dyn Driver; 6] = [
+static DRIVERS: [&dyn Driver; 7] = [
     &raw::DRIVER,
     &qcow2::DRIVER,
     &qcow::DRIVER,
     &vmdk::DRIVER,
     &vdi::DRIVER,
     &cow::DRIVER,
+    &luks::DRIVER,
 ];
 
 /// The drivers of all formats.

@@ -18,7 +18,7 @@ use super::header::Header;
 use super::layer::read;
 use super::map::{Bitmap, sectors};
 use crate::bounds::within;
-use crate::qcow2::flight::{Flight, Flights, Hold};
+use crate::flight::{Flight, Flights, Hold};
 
 /// Sectors whose bits are set in one go: what they take in memory is bounded.
 const STEP: u64 = 1 << 21;

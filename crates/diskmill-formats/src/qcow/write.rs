@@ -24,8 +24,8 @@ use super::options::check_name;
 use super::tables::Tables;
 use crate::codec::{Decoders, PackedSpan};
 use crate::crypt::DataCipher;
+use crate::flight::{Flight, Flights, Hold};
 use crate::preallocation::zeros;
-use crate::qcow2::flight::{Flight, Flights, Hold};
 use crate::tree::{Kind, reads_zero, up};
 
 /// A qcow image open for changing in place.

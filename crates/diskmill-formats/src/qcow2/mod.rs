@@ -20,7 +20,6 @@ mod cow;
 pub mod create;
 pub mod extension;
 mod fence;
-pub(crate) mod flight;
 pub mod header;
 mod hollow;
 mod layer;
@@ -52,6 +51,7 @@ use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
 
 use crate::crypt::luks::{self, Place};
+use crate::flight;
 use header::{Autoclear, Compatible, CryptMethod, Header, HeaderError, Incompatible, Version};
 use layout::V2_HEADER_LEN;
 

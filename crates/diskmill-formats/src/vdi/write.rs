@@ -22,8 +22,8 @@ use super::map::{BlockMap, Entry, block_of};
 use super::tables::Tables;
 use super::uuid::Uuid;
 use crate::bounds::within;
+use crate::flight::{Flights, Hold};
 use crate::preallocation::zeros;
-use crate::qcow2::flight::{Flights, Hold};
 
 /// A vdi image open for changing in place.
 #[derive(Debug)]

@@ -233,10 +233,12 @@ impl Creation {
         let mut target = Target::create(path, &outputs, CacheMode::Writeback, &self.policy)?;
         target.surround(path, self.around.as_ref());
         let files = target.files();
-        // A raw image is the device itself: what is on it stays, as with `qemu-img`.
-        let keep =
+        // A raw image is the device itself: what is on it stays, as with `qemu-img`, and so it does where to make it
+        // zeros would be to write all of it.
+        let device =
             self.driver.format() == Format::Raw && files.iter().any(|(_, file)| file.hints().fixed_len);
         let mut builder = self.driver.build(&spec, files)?;
+        let keep = device || builder.stores_zeros();
         if !keep {
             let what = if spec.backing.is_some() {
                 Run::Absent

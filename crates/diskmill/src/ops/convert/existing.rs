@@ -29,6 +29,9 @@ pub(super) fn to_image(plan: &Plan, image: &ExistingImage, source: &Source, job:
     }
     let tops = image.backing.is_some().then(|| source.tops());
     let end = opened.below.virtual_size();
+    let is_zero = image.is_zero || image.open.spec.zeroinit;
+    let mut cut = cut(plan, opened.top.facts().unit.unwrap_or(PAGE));
+    cut.keep_zeros |= opened.top.stores_zeros() && !is_zero;
     let transfer = Transfer {
         source: tops.as_ref().unwrap_or(source),
         leave: match tops {
@@ -39,11 +42,11 @@ pub(super) fn to_image(plan: &Plan, image: &ExistingImage, source: &Source, job:
             image: &*opened.top,
             below: &opened.below,
             shown: &opened.below,
-            is_zero: image.is_zero || image.open.spec.zeroinit,
+            is_zero,
         },
         fill: &opened.below,
         unless: None,
-        cut: cut(plan, opened.top.facts().unit.unwrap_or(PAGE)),
+        cut,
         pack: plan.compress.is_some(),
         workers: workers(plan.workers),
         rate: plan.rate,

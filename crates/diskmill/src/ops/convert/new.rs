@@ -100,11 +100,13 @@ pub(super) fn stream_to_stdout(plan: &Plan, stream: &mut dyn ForwardSource, job:
 
 /// How a source is cut for `builder`.
 fn cut_for(plan: &Plan, builder: &dyn Builder) -> Cut {
-    if builder.packs() {
+    let mut fitting = if builder.packs() {
         cut_whole(plan, builder.unit())
     } else {
         cut(plan, builder.unit())
-    }
+    };
+    fitting.keep_zeros |= builder.stores_zeros();
+    fitting
 }
 
 /// A new image that has been started.

@@ -3,7 +3,7 @@
 //! Tables are changed under a lock, data is read and written without it. In between, a thread holds the clusters it
 //! works on here: shared for bytes that stay where they are, alone where a cluster gets a new place, new flags or is
 //! given back. Two threads that allocate the same cluster therefore come one after the other, and no cluster is freed
-//! under a write that is under way.
+//! under a write that is under way. Formats without tables count in steps of their own.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
