@@ -224,7 +224,7 @@ impl Holder {
                 panic!("qemu-nbd could not serve {}: {status}", path.display());
             }
             assert!(
-                started.elapsed() < Duration::from_secs(20),
+                started.elapsed() < crate::process::PATIENCE,
                 "qemu-nbd does not start"
             );
             std::thread::sleep(Duration::from_millis(2));

@@ -19,7 +19,7 @@ use diskmill_testkit::{Finished, Run, Scratch, hash};
 use crate::tools::binary;
 
 /// No command may take longer on any of these images.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// No command may need more memory, in bytes, whatever an image says.
 const MEMORY: u64 = 512 << 20;

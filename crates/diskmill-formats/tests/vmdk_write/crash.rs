@@ -73,7 +73,11 @@ pub fn play(name: String, image: &Image, ops: &[Op], journal: &Arc<Journal>) -> 
             .apply(op, &layer, &image.below, G, &|_| None)
             .unwrap_or_else(|error| panic!("{op:?}: {error:?}"));
         let after = Picture::of(model.bytes().to_vec());
-        let effect = effect(op, tale.now().disk.len() == after.disk.len());
+        let effect = match op {
+            // An image that cannot be emptied is left as it is.
+            Op::Clear if tale.mark() == mark => Effect::Flows,
+            _ => effect(op, tale.now().disk.len() == after.disk.len()),
+        };
         tale.note_through(mark, format!("{op:?}"), effect, through, after);
     }
     tale

@@ -28,7 +28,7 @@ fn refused(scratch: &Scratch, package: &str, words: &str) {
         "info --disk 1 NAME",
     ] {
         let done = native(scratch)
-            .patience(Duration::from_secs(10))
+            .patience(Duration::from_secs(60))
             .words(&command.replace("NAME", package))
             .finish();
         assert!(matches!(done.code, Some(1 | 2)), "{command}\n{done}");
