@@ -1,8 +1,7 @@
 //! Whether an image contradicts itself, and putting that right.
 //!
 //! Tables, header and name each have a place of their own in the file, and so has every cluster that is stored as it is:
-//! it is written in place. Compressed clusters may share bytes, since nobody changes them. Clusters that nothing refers to
-//! are leaks: whatever is overwritten as a whole leaves one.
+//! it is written in place. Compressed clusters may share bytes, since nobody changes them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,7 +16,7 @@ use super::layer::{read_l1, table_place};
 use super::layout::HEADER_LEN;
 use super::map::{L2Entry, MapError};
 use super::tables::Tables;
-use crate::tree::Kind;
+use crate::tree::{Kind, up};
 
 /// Sectors of a file, held in proportion to those that are in the set.
 #[derive(Debug, Default)]
@@ -139,7 +138,7 @@ fn look(header: &Header, main: &dyn Storage, how: &OpenSpec, job: Job<'_>) -> Re
             };
             found.corrupt(&error, entry_at, Some(guest));
         }
-        places.push(place);
+        places.push(place.filter(|_| clashes.is_none()));
     }
     let mut bytes = vec![0; usize::try_from(geometry.l2_len()).unwrap_or(0)];
     let mut last_end = 0;
@@ -231,21 +230,16 @@ fn one(
     Ok((start, end))
 }
 
-/// Counts the clusters of the file in which nothing is.
+/// Counts the clusters of the file in which nothing is. Behind all else they leak; in between they are a fact of life:
+/// nothing in this format is ever moved or given out again.
 fn leaks(found: &mut Found, header: &Header, main: &dyn Storage, job: Job<'_>) -> Result<()> {
-    if main.hints().fixed_len {
+    if main.hints().fixed_len || found.hopeless > 0 {
         return Ok(());
     }
     let cluster_size = header.geometry.cluster_size();
     let end = main.len()? / cluster_size * cluster_size;
-    // Whatever lies behind the last thing in use needs no look at each cluster.
-    let used_end = found
-        .end
-        .checked_next_multiple_of(cluster_size)
-        .unwrap_or(end)
-        .min(end);
-    let mut count = end.saturating_sub(used_end) / cluster_size;
-    let mut at = 0;
+    let used_end = up(found.end, cluster_size).min(end);
+    let (mut unused, mut at) = (0_u64, 0);
     while at < used_end {
         if at.is_multiple_of(1 << 30) {
             job.check()?;
@@ -253,19 +247,25 @@ fn leaks(found: &mut Found, header: &Header, main: &dyn Storage, job: Job<'_>) -
         let next = at.saturating_add(cluster_size);
         let used = [&found.plain, &found.packed, &found.tables];
         if !used.iter().any(|sectors| sectors.has(at, next)) {
-            count = count.saturating_add(1);
+            unused = unused.saturating_add(1);
         }
         at = next;
     }
-    if count > 0 {
-        let finding = Finding {
-            kind: FindingKind::Leak,
-            text: format!("{count} clusters of the file hold nothing that anything refers to"),
-            host: None,
-            guest: None,
-            fixed: false,
-        };
-        found.report.add(finding, count);
+    let behind = end.saturating_sub(used_end) / cluster_size;
+    for (kind, count, text) in [
+        (FindingKind::Leak, behind, "behind all else"),
+        (FindingKind::Note, unused, "in between"),
+    ] {
+        if count > 0 {
+            let finding = Finding {
+                kind,
+                text: format!("{count} clusters of the file, {text}, hold nothing that anything refers to"),
+                host: (kind == FindingKind::Leak).then_some(HostOffset::new(used_end)),
+                guest: None,
+                fixed: false,
+            };
+            found.report.add(finding, count);
+        }
     }
     Ok(())
 }
@@ -276,8 +276,7 @@ pub(super) fn run(header: &Header, main: &dyn Storage, how: &OpenSpec, job: Job<
 }
 
 /// Puts right what [`run`] finds. A cluster whose entry cannot be has lost its data: it is left to the layer below. A
-/// cluster that shares its place gets a copy. What leaks behind all else is cut off; what leaks in between stays, since
-/// nothing in this format is ever moved. Tables in one place cannot be told apart, and nothing is changed then.
+/// cluster that shares its place gets a copy. What leaks is cut off. Tables in one place cannot be told apart, and nothing is changed then.
 pub(super) fn repair(
     header: Header,
     main: &Arc<dyn StorageMut>,
@@ -302,7 +301,8 @@ pub(super) fn repair(
     report.corruptions_fixed = before.corruptions.saturating_sub(report.corruptions);
     report.leaks_fixed = before.leaks.saturating_sub(report.leaks);
     for finding in &before.findings {
-        if finding.kind == FindingKind::Corruption || report.leaks_fixed > 0 {
+        let leak = finding.kind == FindingKind::Leak && report.leaks_fixed > 0;
+        if finding.kind == FindingKind::Corruption || leak {
             report.findings.push(Finding {
                 fixed: true,
                 ..finding.clone()

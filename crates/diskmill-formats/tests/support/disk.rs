@@ -1,15 +1,19 @@
 //! Images in memory, of any format with one file.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use diskmill_core::{
-    Chain, CheckReport, Driver, ErrorKind, GuestOffset, Job, Layer, LayerMut, OpenSpec, Repair, Result, Role,
-    Storage, StorageMut,
+    Chain, CheckReport, Driver, EncodedKind, ErrorKind, GuestOffset, Job, Layer, LayerMut, OpenSpec, Repair,
+    Result, Role, Secret, Storage, StorageMut, ZeroHow,
 };
 use diskmill_storage::Memory;
 use diskmill_testkit::crash::{self, Effect, Picture, Tale};
 use diskmill_testkit::fault::{Failure, Faults, Journal, Lasting};
 use diskmill_testkit::model::{self, Model, Op};
+use diskmill_testkit::sparse_random::mix;
+
+/// The password of images that are encrypted.
+pub const PASSPHRASE: &[u8] = b"twelve words";
 
 /// A fresh storage that holds `bytes`.
 pub fn memory(bytes: &[u8]) -> Arc<dyn StorageMut> {
@@ -27,6 +31,7 @@ pub fn bytes(disk: &Arc<dyn StorageMut>) -> Vec<u8> {
 pub fn how() -> OpenSpec {
     let mut how = OpenSpec::default();
     how.unmap = true;
+    how.secrets.set_passphrase(Secret::new(PASSPHRASE.to_vec()));
     how
 }
 
@@ -66,6 +71,19 @@ pub fn repair(driver: &dyn Driver, disk: &Arc<dyn StorageMut>, what: Repair) -> 
     parsed.repair(vec![(Role::Main, Arc::clone(disk))], &how(), what, Job::silent())
 }
 
+/// What compresses units for `layer`: nothing, if it stores none compressed.
+pub fn pack(layer: &Arc<dyn LayerMut>) -> impl Fn(&[u8]) -> Option<Vec<u8>> + use<> {
+    let encoder = Mutex::new(layer.encoder().ok());
+    move |unit| {
+        let mut scratch = Vec::new();
+        let mut encoder = encoder.lock().expect("one thread");
+        match encoder.as_mut()?.pack(unit, &mut scratch).expect("compress") {
+            EncodedKind::Packed { len } => Some(scratch[..len].to_vec()),
+            _ => None,
+        }
+    }
+}
+
 /// An image to play with.
 #[derive(Clone, Copy, Debug)]
 pub struct Stage<'a> {
@@ -96,7 +114,7 @@ impl Stage<'_> {
                 layer = open(self.driver, &disk).expect("open again");
             }
             model
-                .apply(op, &layer, self.below, self.unit, &|_| None)
+                .apply(op, &layer, self.below, self.unit, &pack(&layer))
                 .unwrap_or_else(|error| panic!("{op:?}: {error:?}"));
             let after = Picture::of(model.bytes().to_vec());
             let effect = match op {
@@ -121,7 +139,7 @@ impl Stage<'_> {
                 Ok(layer) => {
                     let mut model = Model::new(self.start.to_vec());
                     for op in ops {
-                        if let Err(error) = model.apply(op, &layer, self.below, self.unit, &|_| None) {
+                        if let Err(error) = model.apply(op, &layer, self.below, self.unit, &pack(&layer)) {
                             failed = Some(error);
                             break;
                         }
@@ -165,6 +183,54 @@ impl Stage<'_> {
                 );
             }
         }
+    }
+
+    /// Has `threads` threads write to the image, each every so many-th stretch of `step` bytes, so that all of them want
+    /// the same units at the same time. Returns the file, and what it must show.
+    pub fn share(&self, threads: u64, step: u64) -> (Vec<u8>, Vec<u8>) {
+        let disk = memory(self.file);
+        let layer = open(self.driver, &disk).expect("open");
+        let size = self.start.len() as u64;
+        let pieces = size.div_ceil(step);
+        let piece = |number: u64| number * step..((number + 1) * step).min(size);
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                let (layer, piece) = (&layer, &piece);
+                scope.spawn(move || {
+                    for number in (thread..pieces).step_by(threads as usize) {
+                        let range = piece(number);
+                        let start = GuestOffset::new(range.start);
+                        let bytes: Vec<u8> =
+                            range.clone().map(|at| model::pattern(thread as u8, at)).collect();
+                        layer.write_at(start, &bytes, self.below).expect("write");
+                        if mix(number).is_multiple_of(5) {
+                            layer.flush().expect("flush");
+                        }
+                        if mix(number).is_multiple_of(7) {
+                            let end = GuestOffset::new(range.start + (range.end - range.start) / 2);
+                            layer
+                                .zero(start..end, ZeroHow::MayUnmap, self.below)
+                                .expect("zero");
+                        }
+                    }
+                });
+            }
+        });
+        layer.flush().expect("flush");
+        drop(layer);
+        let mut expected = Vec::with_capacity(self.start.len());
+        for number in 0..pieces {
+            let range = piece(number);
+            let zeros = match mix(number).is_multiple_of(7) {
+                true => range.start + (range.end - range.start) / 2,
+                false => range.start,
+            };
+            expected.extend(range.map(|at| match at < zeros {
+                true => 0,
+                false => model::pattern((number % threads) as u8, at),
+            }));
+        }
+        (bytes(&disk), expected)
     }
 
     /// The file after all of the disk in `file` was overwritten and flushed.
