@@ -121,10 +121,10 @@ fn a_stream_with_a_zlib_header_is_refused() {
 }
 
 #[test]
-fn encryption_is_refused_by_name() {
+fn an_image_that_says_it_is_encrypted_is_not_read_without_a_key() {
     let victim = Victim::new("");
     patch(&victim.path, 32, &1_u32.to_be_bytes());
-    victim.assert_trouble("encryption (AES) of qcow2 images");
+    victim.assert_trouble("the image is encrypted and nothing says what its key is");
 }
 
 #[test]

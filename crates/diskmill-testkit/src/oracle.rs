@@ -35,6 +35,31 @@ fn beside(run: Run, path: &Path) -> Run {
     }
 }
 
+/// What the encrypted images of tests are encrypted with.
+pub const PASSPHRASE: &str = "correct-horse";
+/// Behind the name of a format: the image is encrypted with [`PASSPHRASE`].
+pub const LOCKED: &str = "+key";
+/// `--object` that holds [`PASSPHRASE`] under the name `key`.
+pub const KEY: [&str; 2] = ["--object", "secret,id=key,data=correct-horse"];
+
+/// The arguments that name an image of `format`.
+fn named(run: Run, path: &Path, format: &str) -> Run {
+    match format.strip_suffix(LOCKED) {
+        None => run.args(["-f", format]).arg(path),
+        Some(_) => run.args(KEY).arg("--image-opts").arg(image_opts(path, format)),
+    }
+}
+
+/// An image of `format` as `--image-opts` takes it.
+pub fn image_opts(path: &Path, format: &str) -> String {
+    let file = path.display();
+    match format.strip_suffix(LOCKED) {
+        None => format!("driver={format},file.filename={file}"),
+        Some("luks") => format!("driver=luks,file.filename={file},key-secret=key"),
+        Some(format) => format!("driver={format},file.filename={file},encrypt.key-secret=key"),
+    }
+}
+
 /// Panics unless `qemu-img` is of the version the tests expect.
 pub fn demand_version() {
     let done = qemu_img().arg("--version").ok();
@@ -48,6 +73,9 @@ pub fn demand_version() {
 /// `qemu-img create -f FORMAT -o OPTIONS PATH SIZE`.
 pub fn create(path: impl AsRef<Path>, format: &str, options: &str, size: &str) {
     let mut run = beside(qemu_img(), path.as_ref()).args(["create", "-q", "-f", format]);
+    if options.contains("key-secret=key") {
+        run = run.args(KEY);
+    }
     if !options.is_empty() {
         run = run.args(["-o", options]);
     }
@@ -66,13 +94,16 @@ pub fn create_overlay(
         .args(["create", "-q", "-f", "qcow2"])
         .args([OsStr::new("-b"), backing.as_ref()])
         .args(["-F", backing_format]);
+    if options.contains("key-secret=key") {
+        run = run.args(KEY);
+    }
     if !options.is_empty() {
         run = run.args(["-o", options]);
     }
     run.arg(path.as_ref()).args(size).ok();
 }
 
-/// `qemu-img convert`, `extra` before the names.
+/// `qemu-img convert`, `extra` before the names. If either image is locked, `extra` may name its key.
 pub fn convert<S: AsRef<OsStr>>(
     extra: impl IntoIterator<Item = S>,
     source: impl AsRef<Path>,
@@ -80,40 +111,59 @@ pub fn convert<S: AsRef<OsStr>>(
     target: impl AsRef<Path>,
     target_format: &str,
 ) {
-    beside(qemu_img(), source.as_ref())
-        .arg("convert")
-        .args(extra)
-        .args(["-f", source_format, "-O", target_format])
-        .arg(source.as_ref())
+    let mut run = beside(qemu_img(), source.as_ref()).arg("convert").args(extra);
+    let (target_format, locked) = match target_format.strip_suffix(LOCKED) {
+        Some(format) => (format, !source_format.ends_with(LOCKED)),
+        None => (target_format, false),
+    };
+    if locked {
+        run = run.args(KEY);
+    }
+    named(run.args(["-O", target_format]), source.as_ref(), source_format)
         .arg(target.as_ref())
         .ok();
 }
 
+/// `qemu-img snapshot`, `what` before the name.
+pub fn snapshot<const N: usize>(path: impl AsRef<Path>, format: &str, what: [&str; N]) {
+    let run = beside(qemu_img(), path.as_ref()).arg("snapshot").args(what);
+    match format.strip_suffix(LOCKED) {
+        None => run.arg(path.as_ref()).ok(),
+        Some(_) => named(run, path.as_ref(), format).ok(),
+    };
+}
+
 /// What `qemu-img check --output=json` reports, and its exit code.
 pub fn check(path: impl AsRef<Path>, format: &str) -> (Value, i32) {
-    let done = beside(qemu_img(), path.as_ref())
-        .args(["check", "--output=json", "-f", format])
-        .arg(path.as_ref())
-        .finish();
+    let run = beside(qemu_img(), path.as_ref()).args(["check", "--output=json"]);
+    let done = named(run, path.as_ref(), format).finish();
     let code = done.code.unwrap_or_else(|| panic!("qemu-img check died\n{done}"));
     (done.json(), code)
 }
 
+/// `qemu-img check -r all`, whatever comes of it.
+pub fn repair(path: impl AsRef<Path>, format: &str) {
+    let run = beside(qemu_img(), path.as_ref()).args(["check", "-q", "-r", "all"]);
+    named(run, path.as_ref(), format).finish();
+}
+
 /// Demands that `qemu-img check` finds nothing at all.
 pub fn assert_clean(path: impl AsRef<Path>, format: &str) {
-    beside(qemu_img(), path.as_ref())
-        .args(["check", "-f", format])
-        .arg(path.as_ref())
-        .ok();
+    let run = beside(qemu_img(), path.as_ref()).arg("check");
+    named(run, path.as_ref(), format).ok();
 }
 
 /// Whether `qemu-img compare` calls two images identical. Panics if it cannot tell.
 pub fn identical(a: impl AsRef<Path>, a_format: &str, b: impl AsRef<Path>, b_format: &str) -> bool {
-    let done = beside(qemu_img(), a.as_ref())
-        .args(["compare", "-f", a_format, "-F", b_format])
-        .arg(a.as_ref())
-        .arg(b.as_ref())
-        .finish();
+    let (a, b) = (a.as_ref(), b.as_ref());
+    let run = beside(qemu_img(), a).arg("compare");
+    let run = if a_format.ends_with(LOCKED) || b_format.ends_with(LOCKED) {
+        let both = [image_opts(a, a_format), image_opts(b, b_format)];
+        run.args(KEY).arg("--image-opts").args(both)
+    } else {
+        run.args(["-f", a_format, "-F", b_format]).arg(a).arg(b)
+    };
+    let done = run.finish();
     match done.code {
         Some(0) => true,
         Some(1) => false,
@@ -143,20 +193,17 @@ pub fn info(path: impl AsRef<Path>, format: &str, chain: bool) -> Value {
 
 /// `qemu-img map --output=json`.
 pub fn map(path: impl AsRef<Path>, format: &str) -> Value {
-    beside(qemu_img(), path.as_ref())
-        .args(["map", "--output=json", "-f", format])
-        .arg(path.as_ref())
-        .ok()
-        .json()
+    let run = beside(qemu_img(), path.as_ref()).args(["map", "--output=json"]);
+    named(run, path.as_ref(), format).ok().json()
 }
 
 /// Runs `qemu-io` commands on an image, one after the other. Panics when one fails, also when a `read -P` differs.
 pub fn io<S: AsRef<str>>(path: impl AsRef<Path>, format: &str, commands: impl IntoIterator<Item = S>) {
-    let mut run = beside(qemu_io(), path.as_ref()).args(["-f", format]);
+    let mut run = beside(qemu_io(), path.as_ref());
     for command in commands {
         run = run.args(["-c", command.as_ref()]);
     }
-    let done = run.arg(path.as_ref()).ok();
+    let done = named(run, path.as_ref(), format).ok();
     for bad in ["Pattern verification failed", "failed:", "error"] {
         assert!(!done.out().contains(bad) && !done.err().contains(bad), "{done}");
     }

@@ -4,7 +4,7 @@ use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use diskmill_core::{Chain, Error, ErrorKind, GuestOffset, HostOffset, Result};
+use diskmill_core::{Chain, Error, ErrorKind, GuestOffset, HostOffset, Result, SECTOR};
 
 use super::fence::Part;
 use super::map::{CompressedSpan, Geometry};
@@ -34,6 +34,8 @@ struct Run {
     head: Range<u64>,
     /// Bytes of the last cluster behind the end that must be filled from its old view.
     tail: Range<u64>,
+    /// Data is encrypted: what is in a place before it is written means nothing.
+    sealed: bool,
 }
 
 /// Subclusters that a new place must get from the old one.
@@ -82,8 +84,8 @@ fn tail(old: Slot, fresh: bool, geometry: Geometry, inside: u64) -> Range<u64> {
 
 impl Run {
     /// Finds the place for up to `max` bytes at `at`, taking new clusters if that is what they need. `bare` says that
-    /// there is no layer below.
-    fn plan(tables: &mut Tables, at: GuestOffset, max: usize, bare: bool) -> Result<Self> {
+    /// there is no layer below, `sealed` that data is encrypted.
+    fn plan(tables: &mut Tables, at: GuestOffset, max: usize, bare: bool, sealed: bool) -> Result<Self> {
         let geometry = tables.geometry;
         let cluster = geometry.cluster_size();
         let first_at = at.align_down(cluster);
@@ -139,16 +141,20 @@ impl Run {
         let (start_inside, end_inside) = (at.within(cluster), end - last_at.get());
         let zeros = |slot: Slot| slot.place == Place::Nowhere && (bare || slot.zero == all(geometry));
         let is_fresh = fresh.is_some();
-        let (head, tail) =
-            if is_fresh && zeros(first) && zeros(last) && host.get() >= tables.fence.file().len()? {
-                // Around the bytes belong zeros, and so there are behind the end of the file.
-                (start_inside..start_inside, end_inside..end_inside)
-            } else {
-                (
-                    head(first, is_fresh, geometry, start_inside),
-                    tail(last, is_fresh, geometry, end_inside),
-                )
-            };
+        let (head, tail) = if is_fresh
+            && !sealed
+            && zeros(first)
+            && zeros(last)
+            && host.get() >= tables.fence.file().len()?
+        {
+            // Around the bytes belong zeros, and so there are behind the end of the file.
+            (start_inside..start_inside, end_inside..end_inside)
+        } else {
+            (
+                head(first, is_fresh, geometry, start_inside),
+                tail(last, is_fresh, geometry, end_inside),
+            )
+        };
         Ok(Self {
             at,
             len: usize::try_from(end - at.get()).unwrap_or(max),
@@ -157,6 +163,7 @@ impl Run {
             old,
             head,
             tail,
+            sealed,
         })
     }
 
@@ -165,7 +172,7 @@ impl Run {
         let geometry = tables.geometry;
         let cluster = geometry.cluster_size();
         let end = self.at.get() + self.len as u64;
-        if !self.head.is_empty() || !self.tail.is_empty() {
+        if !self.head.is_empty() || !self.tail.is_empty() || self.sealed {
             tables.fence.note_copied();
         }
         let mut start = self.at.align_down(cluster);
@@ -203,9 +210,14 @@ impl Run {
 impl Image {
     /// Writes `buf`, whose clusters are held.
     pub(super) fn write_held(&self, at: GuestOffset, buf: &[u8], below: &Chain) -> Result<()> {
+        // Without a key nothing may be changed.
+        let sealed = self.sealing.cipher()?.is_some();
+        if sealed && !(at.is_aligned(SECTOR) && (buf.len() as u64).is_multiple_of(SECTOR)) {
+            return self.write_sectors(at, buf, below);
+        }
         let (mut at, mut rest) = (at, buf);
         while !rest.is_empty() {
-            let run = self.change(|tables| Run::plan(tables, at, rest.len(), below.is_empty()))?;
+            let run = self.change(|tables| Run::plan(tables, at, rest.len(), below.is_empty(), sealed))?;
             let (now, later) = rest.split_at(run.len.clamp(1, rest.len()));
             let mut entered = 0;
             let result = self.store(&run, now, below).and_then(|()| {
@@ -228,11 +240,45 @@ impl Image {
         Ok(())
     }
 
+    /// Writes `buf` with what is around it in its sectors, since those are encrypted whole.
+    fn write_sectors(&self, at: GuestOffset, buf: &[u8], below: &Chain) -> Result<()> {
+        let start = at.align_down(SECTOR);
+        let end = at.plus(buf.len() as u64)?.get().next_multiple_of(SECTOR);
+        let len = usize::try_from(end - start.get()).map_err(|_| Error::bare(ErrorKind::Unsupported))?;
+        let mut sectors = vec![0; len];
+        let sector = usize::try_from(SECTOR).unwrap_or(512);
+        let (first, rest) = sectors.split_at_mut(sector.min(len));
+        self.read_held(start, first, below)?;
+        if let Some(last) = rest
+            .len()
+            .checked_sub(sector)
+            .and_then(|from| rest.get_mut(from..))
+        {
+            self.read_held(GuestOffset::new(end - SECTOR), last, below)?;
+        }
+        let inside = usize::try_from(at.within(SECTOR)).unwrap_or(usize::MAX);
+        let part = sectors
+            .get_mut(inside..)
+            .and_then(|rest| rest.get_mut(..buf.len()));
+        part.ok_or_else(|| Error::bare(ErrorKind::Usage))?
+            .copy_from_slice(buf);
+        self.write_held(start, &sectors, below)
+    }
+
     /// Puts the bytes of a run in their place, and what its edges need from the old view around them.
     fn store(&self, run: &Run, buf: &[u8], below: &Chain) -> Result<()> {
         let cluster = self.geometry.cluster_size();
+        let cipher = self.sealing.cipher()?;
         if run.head.is_empty() && run.tail.is_empty() {
-            return self.data.write_at(run.host.plus(run.at.within(cluster))?, buf);
+            let host = run.host.plus(run.at.within(cluster))?;
+            return match cipher {
+                None => self.data.write_at(host, buf),
+                Some(cipher) => {
+                    let mut sealed = buf.to_vec();
+                    cipher.encrypt(run.at, host, &mut sealed)?;
+                    self.data.write_at(host, &sealed)
+                }
+            };
         }
         let head_start = run.host.plus(run.head.start)?;
         let first_at = run.at.align_down(cluster);
@@ -249,10 +295,17 @@ impl Image {
             let touched = (end.get() - 1 - last_at.get()) >> bits;
             self.fill_old(*old, last_at, run.tail.start, touched, &mut after, below)?;
         }
-        self.data.write_vectored_at(
-            head_start,
-            &[IoSlice::new(&before), IoSlice::new(buf), IoSlice::new(&after)],
-        )
+        match cipher {
+            None => self.data.write_vectored_at(
+                head_start,
+                &[IoSlice::new(&before), IoSlice::new(buf), IoSlice::new(&after)],
+            ),
+            Some(cipher) => {
+                let mut sealed = [before.as_slice(), buf, &after].concat();
+                cipher.encrypt(first_at.plus(run.head.start)?, head_start, &mut sealed)?;
+                self.data.write_at(head_start, &sealed)
+            }
+        }
     }
 
     /// Fills `buf` with the old view of bytes from `inside` on of the cluster at `start`, which was `old`. The layer
@@ -291,7 +344,7 @@ impl Image {
             let at = start.plus(inside)?;
             match old.place {
                 Place::At { host, .. } if old.stored >> sub & 1 != 0 => {
-                    self.read_host(host.plus(inside)?, now)?
+                    self.read_host(at, host.plus(inside)?, now)?
                 }
                 _ if old.zero >> sub & 1 == 0 && sub == touched && at.get() < size => {
                     // Past the end of the disk there is nothing, even where a longer image below has something.

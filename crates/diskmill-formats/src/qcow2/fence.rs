@@ -33,6 +33,8 @@ pub(crate) enum Part {
     BitmapDirectory,
     /// The table of a dirty bitmap.
     BitmapTable,
+    /// The header of the encryption, with the key material.
+    EncryptionHeader,
 }
 
 impl Part {
@@ -48,6 +50,7 @@ impl Part {
             Self::InactiveL1 => "the L1 table of a snapshot",
             Self::BitmapDirectory => "the directory of dirty bitmaps",
             Self::BitmapTable => "the table of a dirty bitmap",
+            Self::EncryptionHeader => "the encryption header",
         }
     }
 }

@@ -521,6 +521,15 @@ impl Header {
         })
     }
 
+    /// Says where the LUKS header is, which there is one.
+    pub fn set_encryption_offset(&mut self, at: HostOffset) {
+        for extension in &mut self.extensions {
+            if let Extension::Encryption(place) = extension {
+                place.offset = at;
+            }
+        }
+    }
+
     /// Says where the dirty bitmaps are, or that there are none.
     pub fn set_bitmaps(&mut self, place: Option<BitmapsExtension>) {
         self.autoclear = self.autoclear.with(Autoclear::BITMAPS, place.is_some());

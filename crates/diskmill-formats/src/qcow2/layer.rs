@@ -9,6 +9,7 @@ use diskmill_core::{
 
 use super::bitmap;
 use super::cache::{SLICE_BYTES, SliceCache};
+use super::crypto::Sealing;
 use super::header::{CompressionType, Header};
 use super::hollow::RefcountPlace;
 use super::map::{ClusterKind, Geometry, L1Entry, L2Entry};
@@ -52,6 +53,9 @@ pub struct Qcow2Layer {
     l1: Box<[L1Entry]>,
     cache: SliceCache,
     decoders: Decoders,
+    sealing: Sealing,
+    /// Where byte 0 is, as the encryption counts.
+    base: GuestOffset,
     refcounts: RefcountPlace,
     hollow: OnceLock<bool>,
     header: Header,
@@ -60,7 +64,7 @@ pub struct Qcow2Layer {
 
 /// Opens an image for reading.
 pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &OpenSpec) -> Result<Qcow2Layer> {
-    super::refuse_unsupported(header, how)?;
+    super::check_options(how)?;
     let data = data_index(header, files.iter().map(|(role, _)| *role))?;
     let files: Vec<_> = files.into_iter().map(|(_, file)| file).collect();
     let main = files
@@ -73,6 +77,8 @@ pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &Open
     };
     let geometry = header.geometry();
     check_tables(header, main_len)?;
+    let sealing = Sealing::of(header, main.as_ref(), how)?;
+    let mut base = GuestOffset::ZERO;
     let l1 = match &how.snapshot {
         None => read_l1(
             main.as_ref(),
@@ -85,7 +91,10 @@ pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &Open
             let disk = geometry.l1_entries(found.checked_size()?);
             // Machine state begins with the first L1 entry that the disk does not need.
             let (first, size) = match how.machine_state {
-                true => (disk, found.facts.vm_state_size),
+                true => {
+                    base = geometry.l1_start(disk);
+                    (disk, found.facts.vm_state_size)
+                }
                 false => (0, found.checked_size()?),
             };
             let needed = first.saturating_add(geometry.l1_entries(size));
@@ -115,6 +124,8 @@ pub(super) fn attach(header: &Header, mut facts: Facts, files: Files, how: &Open
         decoders: decoders(header.compression_type, geometry),
         refcounts: RefcountPlace::new(header),
         hollow: OnceLock::new(),
+        sealing,
+        base,
         files,
         header: header.clone(),
         limits: how.limits,
@@ -159,7 +170,7 @@ pub(super) fn check_tables(header: &Header, file_len: u64) -> Result<()> {
     }
 }
 
-fn within(what: &'static str, at: HostOffset, len: u64, file_len: u64) -> Result<()> {
+pub(super) fn within(what: &'static str, at: HostOffset, len: u64, file_len: u64) -> Result<()> {
     match at.checked_add(len) {
         Some(end) if end.get() <= file_len => Ok(()),
         _ => Err(past_end(what, at, len, file_len)),
@@ -352,14 +363,16 @@ impl Layer for Qcow2Layer {
             },
             RunKind::Data(host) => {
                 let len = self.clip(host, len).map_err(|error| error.guest(at))?;
-                return Ok(Extent {
+                let span = HostSpan {
+                    file: self.data,
+                    at: host,
                     len,
-                    state: State::Data(HostSpan {
-                        file: self.data,
-                        at: host,
-                        len,
-                    }),
-                });
+                };
+                let state = match self.sealing.is_encrypted() {
+                    true => State::Encrypted(span),
+                    false => State::Data(span),
+                };
+                return Ok(Extent { len, state });
             }
             RunKind::Compressed { low, high } => State::Compressed(HostSpan {
                 file: FileIndex::MAIN,
@@ -385,7 +398,10 @@ impl Layer for Qcow2Layer {
                 RunKind::Zero(_) => now.fill(0),
                 RunKind::Data(host) => {
                     let data = self.data()?;
-                    read_clipped(data.as_ref(), self.data_len, host, now).map_err(|error| error.guest(at))?;
+                    let read = |host, buf: &mut [u8]| read_clipped(data.as_ref(), self.data_len, host, buf);
+                    self.sealing
+                        .read(self.base.plus(at.get())?, host, now, read)
+                        .map_err(|error| error.guest(at))?;
                 }
                 RunKind::Compressed { .. } => self.read_compressed(at, now)?,
                 RunKind::Absent => {

@@ -11,6 +11,7 @@ pub(super) fn measure(spec: &CreateSpec, data: Option<&mut dyn DataRuns>) -> Res
     let plan = Plan::new(spec)?;
     let tables = table_bytes(&plan);
     let disk = whole_clusters(plan.cluster_bits, plan.virtual_size);
+    let tables = tables.saturating_add(encryption_bytes(&plan));
     let everything = tables.saturating_add(disk);
     let reserves = matches!(plan.preallocation, Preallocation::Falloc | Preallocation::Full);
     let bitmaps = match &data {
@@ -48,6 +49,13 @@ fn bitmap_bytes(cluster_bits: ClusterBits, virtual_size: u64, bitmaps: &[BitmapF
         directory = directory.saturating_add(name.saturating_add(24 + 7) & !7);
     }
     sum.saturating_add(whole_clusters(cluster_bits, directory))
+}
+
+/// Bytes of the clusters of an encryption header.
+///
+/// QEMU does not count the refcounts of them, which changes nothing unless they need a further block.
+pub(super) fn encryption_bytes(plan: &Plan) -> u64 {
+    whole_clusters(plan.cluster_bits, plan.encryption.header_len())
 }
 
 /// Bytes of all tables and the header, once all of the disk is allocated.

@@ -18,6 +18,7 @@ mod check;
 mod compact;
 mod cow;
 pub mod create;
+mod crypto;
 pub mod extension;
 mod fence;
 pub mod header;
@@ -37,6 +38,7 @@ mod tables;
 mod write;
 mod zero;
 
+pub use crypto::EncryptionError;
 pub use layer::{PlaceError, Qcow2Layer};
 pub use resize::ResizeError;
 
@@ -50,7 +52,7 @@ use diskmill_core::{
 use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
 
-use crate::crypt::luks::{self, Place};
+use crate::crypt::luks;
 use crate::flight;
 use header::{Autoclear, Compatible, CryptMethod, Header, HeaderError, Incompatible, Version};
 use layout::V2_HEADER_LEN;
@@ -207,7 +209,7 @@ impl Parsed for Qcow2Image {
     }
 
     fn attach_mut(self: Box<Self>, files: FilesMut, how: &OpenSpec) -> Result<Arc<dyn LayerMut>> {
-        refuse_unsupported(&self.header, how)?;
+        check_options(how)?;
         if how.snapshot.is_some() {
             return Err(unsupported("writing to an internal snapshot"));
         }
@@ -271,14 +273,10 @@ fn read_start(main: &dyn Storage, file_len: u64, wanted: usize, bytes: &mut Vec<
     main.read_at(HostOffset::ZERO, bytes)
 }
 
-/// Fails on what an image or a caller asks for and is not there yet.
-fn refuse_unsupported(header: &Header, how: &OpenSpec) -> Result<()> {
-    match header.crypt_method {
-        CryptMethod::None => {}
-        CryptMethod::Aes => return Err(unsupported("encryption (AES) of qcow2 images")),
-        CryptMethod::Luks => return Err(unsupported("encryption (LUKS) of qcow2 images")),
-    }
-    match how.options.iter().find(|(name, _)| !TUNING.contains(name)) {
+/// Fails on an option that no image of this format has.
+fn check_options(how: &OpenSpec) -> Result<()> {
+    let known = |name| TUNING.contains(&name) || [crypto::FORMAT, crypto::KEY_SECRET].contains(&name);
+    match how.options.iter().find(|(name, _)| !known(name)) {
         Some((name, _)) => Err(OptionError::Unknown(name.to_owned()).into()),
         None => Ok(()),
     }
@@ -307,15 +305,9 @@ fn describe_encryption(
     header: &Header,
     how: &OpenSpec,
 ) -> Result<Option<Vec<(&'static str, Value)>>> {
-    match (header.crypt_method, header.encryption()) {
+    match (header.crypt_method, crypto::place_of(header)) {
         (CryptMethod::None, _) => Ok(None),
-        (CryptMethod::Luks, Some(place)) => match luks::describe(
-            main,
-            Place::Embedded {
-                at: place.offset,
-                len: place.length,
-            },
-        ) {
+        (CryptMethod::Luks, Some(place)) => match luks::describe(main, place) {
             Ok(facts) => Ok(Some(facts)),
             Err(_) if how.for_check => Ok(None),
             Err(error) => Err(error.op("read the LUKS header")),

@@ -1,12 +1,17 @@
 //! What `-o` may say of a new image, and the checked form of it.
 
+mod encryption;
+
+pub(super) use encryption::Encryption;
+
 use diskmill_core::{
-    BackingName, CreateSpec, Error, ErrorKind, Format, OptionKind, OptionSpec, Options, Result,
+    BackingName, CreateSpec, Error, ErrorKind, Format, HostOffset, OptionKind, OptionSpec, Options, Result,
 };
 
-use super::extension::Extension;
+use super::extension::{EncryptionExtension, Extension};
 use super::header::{
-    Autoclear, ClusterBits, Compatible, CompressionType, Header, Incompatible, RefcountOrder, Version,
+    Autoclear, ClusterBits, Compatible, CompressionType, CryptMethod, Header, Incompatible, RefcountOrder,
+    Version,
 };
 use super::layout::{BACKING_FORMAT_MAX, BACKING_NAME_MAX, L1_BYTES_MAX};
 use super::map::Geometry;
@@ -206,18 +211,20 @@ pub enum CreateError {
         /// Bytes it may have.
         most: u64,
     },
-    /// Not yet.
-    #[error("{0}: encryption is not supported yet")]
-    Encryption(String),
+    /// It says more of the encryption, and not which.
+    #[error("{0} needs encrypt.format")]
+    NoEncryptFormat(String),
+    /// The old AES has no such choice.
+    #[error("{0} means nothing with encrypt.format=aes")]
+    NotOfAes(String),
+    /// The encryption in both spellings.
+    #[error("encryption is the old spelling of encrypt.format, and cannot be given with it")]
+    EncryptionTwice,
 }
 
 impl From<CreateError> for Error {
     fn from(error: CreateError) -> Self {
-        let kind = match error {
-            CreateError::Encryption(_) => ErrorKind::Unsupported,
-            _ => ErrorKind::Usage,
-        };
-        Error::new(kind, error).format(Format::Qcow2)
+        Error::new(ErrorKind::Usage, error).format(Format::Qcow2)
     }
 }
 
@@ -236,6 +243,8 @@ pub(super) struct Plan {
     pub data_file_raw: bool,
     pub preallocation: Preallocation,
     pub backing: Option<BackingName>,
+    /// How data is encrypted.
+    pub encryption: Encryption,
     /// How data is compressed, if it is.
     pub codec: Option<Codec>,
     pub nocow: bool,
@@ -247,7 +256,6 @@ impl Plan {
     pub fn new(spec: &CreateSpec) -> Result<Self> {
         let options = &spec.options;
         options.only(OPTIONS)?;
-        refuse_encryption(options)?;
         let plan = Self {
             virtual_size: spec.virtual_size,
             version: version(options)?,
@@ -260,6 +268,7 @@ impl Plan {
             data_file_raw: options.bool("data_file_raw")?.unwrap_or(false),
             preallocation: Preallocation::from_options(options, true)?,
             backing: backing(spec),
+            encryption: Encryption::from_options(options)?,
             codec: None,
             nocow: options.bool("nocow")?.unwrap_or(false),
             extent_size_hint: options.size("extent_size_hint")?,
@@ -317,6 +326,13 @@ impl Plan {
                 .extensions
                 .push(Extension::DataFile(name.as_bytes().to_vec()));
         }
+        header.crypt_method = self.encryption.method();
+        if header.crypt_method == CryptMethod::Luks {
+            header.extensions.push(Extension::Encryption(EncryptionExtension {
+                offset: HostOffset::ZERO,
+                length: self.encryption.header_len(),
+            }));
+        }
         // Small clusters have better uses for the room, and QEMU leaves the names out as well.
         if self.version == Version::V3 && self.cluster_bits.cluster_size() > 4096 {
             header.extensions.push(Header::feature_names());
@@ -354,6 +370,9 @@ impl Plan {
             return Err(CreateError::PreallocationWithBacking);
         }
         if self.codec.is_some() {
+            if self.encryption.method() != CryptMethod::None {
+                return Err(CreateError::Exclude("compression", "encryption"));
+            }
             if self.preallocation != Preallocation::Off {
                 return Err(CreateError::Exclude("compression", "preallocation"));
             }
@@ -390,16 +409,6 @@ impl Plan {
         // Names that do not fit beside the header are found before anything is written.
         self.header().to_bytes()?;
         Ok(())
-    }
-}
-
-fn refuse_encryption(options: &Options) -> Result<()> {
-    if options.bool("encryption")? == Some(true) {
-        return Err(CreateError::Encryption("encryption".to_owned()).into());
-    }
-    match options.iter().find(|(name, _)| name.starts_with("encrypt.")) {
-        Some((name, _)) => Err(CreateError::Encryption(name.to_owned()).into()),
-        None => Ok(()),
     }
 }
 

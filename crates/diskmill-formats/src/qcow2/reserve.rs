@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use diskmill_core::{Error, ErrorKind, GuestOffset, HostOffset, Reserve, Result, ZeroHow};
 
+use super::header::Version;
 use super::slot::{Place, Slot, all};
 use super::write::Image;
 use crate::preallocation::zeros;
@@ -43,7 +44,7 @@ impl Image {
         };
         let mut entered = 0;
         let done = self
-            .prepare(host, count.saturating_mul(cluster), how)
+            .prepare(GuestOffset::new(at), host, count.saturating_mul(cluster), how)
             .and_then(|()| {
                 self.change(|tables| {
                     tables.fence.note_copied();
@@ -60,6 +61,7 @@ impl Image {
                         // With subclusters a place may be kept without a word on what is in it.
                         let (stored, zero) = match geometry.extended_l2() {
                             true => (0, old.zero),
+                            false if self.says_zero() => (0, all(geometry)),
                             false => (all(geometry), 0),
                         };
                         tables.set_slot(start, Slot { place, stored, zero })?;
@@ -81,9 +83,17 @@ impl Image {
         }
     }
 
-    /// Makes host bytes that nothing refers to read as zeros.
-    fn prepare(&self, host: HostOffset, len: u64, how: Reserve) -> Result<()> {
+    /// Whether kept places must be said to read as zeros, since what is in them does not.
+    fn says_zero(&self) -> bool {
+        self.sealing.is_encrypted() && self.version() == Version::V3
+    }
+
+    /// Makes host bytes that nothing refers to, and that belong to guest bytes from `guest` on, read as zeros.
+    fn prepare(&self, guest: GuestOffset, host: HostOffset, len: u64, how: Reserve) -> Result<()> {
         let end = host.plus(len)?;
+        if self.sealing.is_encrypted() && self.version() == Version::V2 {
+            return self.sealing.write_zeros(self.data.as_ref(), guest, host, len);
+        }
         match how {
             Reserve::Place => self.data.zero(host..end, ZeroHow::MayUnmap),
             Reserve::Space => self.data.zero(host..end, ZeroHow::KeepAllocated),

@@ -126,6 +126,7 @@ impl Tables {
         let len = file.len()?;
         let mut fence = Fence::new(file, data_file, geometry.cluster_bits().get());
         fence.protect(0..cluster, Part::Header);
+        protect_encryption(&mut fence, header);
         let refcounts = Refcounts::load(
             &mut fence,
             header.refcount_order.get(),
@@ -457,6 +458,14 @@ impl Tables {
                 reclaim,
             });
         }
+    }
+}
+
+/// Protects the encryption header, if there is one.
+pub(crate) fn protect_encryption(fence: &mut Fence, header: &Header) {
+    if let Some(place) = header.encryption() {
+        let end = place.offset.saturating_add(place.length);
+        fence.protect(place.offset.get()..end.get(), Part::EncryptionHeader);
     }
 }
 

@@ -11,10 +11,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use diskmill_core::{
     Amendment, BackingName, BitmapFacts, Bitmaps, Chain, DirtyRuns, Encoder, Error, ErrorKind, Extent, Facts,
     FileIndex, FilesMut, Format, GuestOffset, HostOffset, HostSpan, Job, Layer, LayerMut, OpenSpec, Repair,
-    Reserve, Result, SnapshotFacts, Snapshots, State as RunState, Storage, StorageMut, Stored, ZeroHow,
+    Reserve, Result, Secrets, SnapshotFacts, Snapshots, State as RunState, Storage, StorageMut, Stored,
+    ZeroHow,
 };
 
 use super::bitmap::Store;
+use super::crypto::{EncryptionError, Sealing};
 use super::flight::{Flights, Hold};
 use super::header::{Autoclear, Header, Incompatible, Version};
 use super::layer::{data_index, decoders};
@@ -69,11 +71,13 @@ pub(crate) struct Image {
     pub(super) facts: Facts,
     pub(super) geometry: Geometry,
     pub(super) decoders: Decoders,
+    pub(super) sealing: Sealing,
+    pub(super) secrets: Secrets,
     /// Whether the version is 3: it can be changed, the rest of `geometry` cannot.
     pub(super) is_v3: AtomicBool,
     /// Whether there is a backing image, as the header says.
     pub(super) backed: AtomicBool,
-    /// Whether the external data file is a raw image on its own.
+    /// Whether the external data file is a raw image on its own: if data is encrypted it is none, whatever is said.
     pub(super) raw_data_file: bool,
     pub(super) unmap: bool,
     readable: Vec<Arc<dyn Storage>>,
@@ -126,6 +130,7 @@ impl Image {
         };
         let data = data_file.clone().unwrap_or_else(|| Arc::clone(&main));
         let (snapshots, snapshots_end) = snapshot::read_table(main.as_ref(), header, &how.limits)?;
+        let sealing = Sealing::of(header, main.as_ref(), how)?;
         let mut tables = Tables::load(header, main, data_file, how.unmap)?;
         let table_at = header.snapshots_offset;
         let bytes = if snapshots.is_empty() {
@@ -146,7 +151,11 @@ impl Image {
             decoders: decoders(header.compression_type, geometry),
             is_v3: AtomicBool::new(geometry.version() == Version::V3),
             backed: AtomicBool::new(header.backing_name.is_some()),
-            raw_data_file: geometry.data_file() && header.autoclear.has(Autoclear::RAW_DATA_FILE),
+            raw_data_file: geometry.data_file()
+                && header.autoclear.has(Autoclear::RAW_DATA_FILE)
+                && !sealing.is_encrypted(),
+            sealing,
+            secrets: how.secrets.clone(),
             unmap: how.unmap,
             readable,
             data,
@@ -383,19 +392,60 @@ impl Image {
         Ok(Extent { len, state })
     }
 
-    /// Reads bytes of the old view of one cluster, as it is on the host.
-    pub(super) fn read_host(&self, host: HostOffset, buf: &mut [u8]) -> Result<()> {
+    /// Reads guest bytes from `at` on that are stored at `host`.
+    pub(super) fn read_host(&self, at: GuestOffset, host: HostOffset, buf: &mut [u8]) -> Result<()> {
         // A cluster at the end of the file may not have been written to its end.
-        self.data.read_padded(host, buf)
+        let read = |host, buf: &mut [u8]| self.data.read_padded(host, buf);
+        self.sealing.read(at, host, buf, read)
+    }
+
+    /// Reads what the guest sees. Its clusters are held. What is absent comes from `below`.
+    pub(super) fn read_held(&self, at: GuestOffset, buf: &mut [u8], below: &Chain) -> Result<()> {
+        let end = at.plus(buf.len() as u64)?.get();
+        let (mut at, mut rest) = (at, buf);
+        while !rest.is_empty() {
+            let run = self.look(|tables| self.run(tables, at, end))?;
+            let len = usize::try_from(run.len).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            match run.state {
+                RunState::Data(span) => self.read_host(at, span.at, now)?,
+                RunState::Compressed(span) => {
+                    let whole = self.unpack(CompressedSpan {
+                        at: span.at,
+                        len: span.len,
+                    })?;
+                    let inside =
+                        usize::try_from(at.within(self.geometry.cluster_size())).unwrap_or(usize::MAX);
+                    match whole.get(inside..).and_then(|part| part.get(..len)) {
+                        Some(part) => now.copy_from_slice(part),
+                        None => now.fill(0),
+                    }
+                }
+                RunState::Absent => below.read_at(at, now)?,
+                _ => now.fill(0),
+            }
+            at = at.plus(run.len)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Fails unless clusters can be stored compressed.
+    fn may_pack(&self) -> Result<()> {
+        if self.sealing.is_encrypted() {
+            return Err(EncryptionError::Compressed.refuse());
+        }
+        if self.geometry.data_file() {
+            return Err(refuse(ErrorKind::Unsupported, WriteError::PackedInDataFile));
+        }
+        Ok(())
     }
 
     /// Stores one compressed unit.
     fn write_packed(&self, at: GuestOffset, bytes: &[u8]) -> Result<()> {
         let cluster = self.geometry.cluster_size();
         let len = bytes.len() as u64;
-        if self.geometry.data_file() {
-            return Err(refuse(ErrorKind::Unsupported, WriteError::PackedInDataFile));
-        }
+        self.may_pack()?;
         if !at.is_aligned(cluster) || len == 0 || len >= cluster {
             return Err(refuse(
                 ErrorKind::Usage,
@@ -462,38 +512,21 @@ impl Layer for Image {
     fn map(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         self.within(at, 1)?;
         let end = at.saturating_add(max.max(1)).get().min(self.virtual_size());
-        self.look(|tables| self.run(tables, at, end))
+        let extent = self.look(|tables| self.run(tables, at, end))?;
+        Ok(match extent.state {
+            RunState::Data(span) if self.sealing.is_encrypted() => Extent {
+                state: RunState::Encrypted(span),
+                ..extent
+            },
+            _ => extent,
+        })
     }
 
     fn read_at(&self, at: GuestOffset, buf: &mut [u8]) -> Result<()> {
         let end = at.plus(buf.len() as u64)?.get();
         self.within(at, buf.len() as u64)?;
         let _flight = self.flights.hold(self.clusters(&(at.get()..end)), Hold::Shared);
-        let (mut at, mut rest) = (at, buf);
-        while !rest.is_empty() {
-            let run = self.look(|tables| self.run(tables, at, end))?;
-            let len = usize::try_from(run.len).unwrap_or(usize::MAX).min(rest.len());
-            let (now, later) = rest.split_at_mut(len);
-            match run.state {
-                RunState::Data(span) => self.read_host(span.at, now)?,
-                RunState::Compressed(span) => {
-                    let whole = self.unpack(CompressedSpan {
-                        at: span.at,
-                        len: span.len,
-                    })?;
-                    let inside =
-                        usize::try_from(at.within(self.geometry.cluster_size())).unwrap_or(usize::MAX);
-                    match whole.get(inside..).and_then(|part| part.get(..len)) {
-                        Some(part) => now.copy_from_slice(part),
-                        None => now.fill(0),
-                    }
-                }
-                _ => now.fill(0),
-            }
-            at = at.plus(run.len)?;
-            rest = later;
-        }
-        Ok(())
+        self.read_held(at, buf, &Chain::default())
     }
 
     fn file(&self, index: FileIndex) -> Option<&Arc<dyn Storage>> {
@@ -525,9 +558,7 @@ impl LayerMut for Image {
     }
 
     fn encoder(&self) -> Result<Box<dyn Encoder>> {
-        if self.geometry.data_file() {
-            return Err(refuse(ErrorKind::Unsupported, WriteError::PackedInDataFile));
-        }
+        self.may_pack()?;
         Ok(Box::new(self.decoders.encoder()?))
     }
 
@@ -578,7 +609,7 @@ impl LayerMut for Image {
     }
 
     fn amend(&self, wish: &Amendment, below: &Chain, job: Job<'_>) -> Result<()> {
-        self.amend_all(&wish.options, below, job)
+        self.amend_all(wish, below, job)
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

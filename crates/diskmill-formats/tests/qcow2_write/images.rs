@@ -1,10 +1,11 @@
 //! Images made by QEMU's tools, of every kind a writer must cope with.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use diskmill_core::{
-    Chain, CheckReport, EncodedKind, ErrorKind, Job, LayerMut, OpenSpec, Result, Role, Storage, StorageMut,
+    BackingName, Chain, CheckReport, CreateSpec, Durability, EncodedKind, ErrorKind, Finish, GuestOffset,
+    Job, LayerMut, OpenSpec, Options, OutputName, Result, Role, Secret, Storage, StorageMut,
 };
 use diskmill_formats::registry;
 use diskmill_storage::Memory;
@@ -68,6 +69,18 @@ const fn over(
     }
 }
 
+/// Options of an image in LUKS with a small header, and others.
+macro_rules! luks {
+    ($others:literal) => {
+        concat!(
+            "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=0,encrypt.cipher-alg=aes-128,",
+            "encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,",
+            $others
+        )
+    };
+}
+
+const AES_4K: &str = "encrypt.format=aes,encrypt.key-secret=key,cluster_size=4k";
 const K: u64 = 1024;
 const M: u64 = 1 << 20;
 
@@ -165,6 +178,50 @@ pub const KINDS: &[Kind] = &[
         300 * K,
         Setup::Used,
     ),
+    kind(
+        "aes snapshot",
+        "encrypt.format=aes,encrypt.key-secret=key,cluster_size=512",
+        100 * K,
+        Setup::Snapshot,
+    ),
+    kind(
+        "luks snapshot",
+        luks!("cluster_size=512"),
+        100 * K,
+        Setup::Snapshot,
+    ),
+    kind(
+        "luks subclusters",
+        luks!("extended_l2=on,cluster_size=16k"),
+        500 * K,
+        Setup::Snapshot,
+    ),
+    kind(
+        "luks data file",
+        luks!("data_file=DATA,cluster_size=4k"),
+        300 * K,
+        Setup::Used,
+    ),
+    kind(
+        "luks 256",
+        "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=0",
+        1500 * K,
+        Setup::Used,
+    ),
+    over(
+        "luks over raw",
+        luks!("cluster_size=4k"),
+        300 * K + 512,
+        (250 * K, "raw"),
+        Setup::Snapshot,
+    ),
+    over(
+        "aes over raw",
+        AES_4K,
+        300 * K + 512,
+        (250 * K, "raw"),
+        Setup::Used,
+    ),
     over(
         "over raw",
         "cluster_size=4k",
@@ -195,9 +252,31 @@ pub const KINDS: &[Kind] = &[
     ),
 ];
 
+/// More kinds, that not every test needs.
+const OTHERS: &[Kind] = &[
+    kind("aes", AES_4K, 300 * K + 512, Setup::Used),
+    kind(
+        "aes version 2",
+        "compat=0.10,encrypt.format=aes,encrypt.key-secret=key,cluster_size=4k",
+        300 * K,
+        Setup::Used,
+    ),
+    kind("luks", luks!("cluster_size=4k"), 300 * K + 512, Setup::Used),
+    kind(
+        "luks version 2",
+        luks!("compat=0.10,cluster_size=4k"),
+        300 * K,
+        Setup::Used,
+    ),
+];
+
 /// The kind called `name`.
 pub fn named(name: &str) -> Kind {
-    *KINDS.iter().find(|kind| kind.name == name).expect("a kind")
+    *KINDS
+        .iter()
+        .chain(OTHERS)
+        .find(|kind| kind.name == name)
+        .expect("a kind")
 }
 
 /// An image as bytes, with all that belongs to it.
@@ -217,6 +296,31 @@ pub struct Image {
 
 fn pattern(len: u64) -> Vec<u8> {
     (0..len).map(|at| (at / 700 % 250) as u8 + 1).collect()
+}
+
+/// Makes an empty image, as we do: qemu-img measures how fast it derives keys for seconds, whatever is asked for.
+fn create(path: &Path, options: &str, size: u64, backing: Option<BackingName>) {
+    let mut spec = CreateSpec::new(size);
+    spec.options = Options::parse(options);
+    spec.secrets
+        .add("key", Secret::new(oracle::PASSPHRASE.into()))
+        .expect("one key");
+    spec.backing = backing;
+    let driver = registry::by_name("qcow2").expect("a driver");
+    let outputs = driver.outputs(&spec).expect("outputs");
+    let disks = memory(&vec![Vec::new(); outputs.len()]);
+    let files = ROLES.into_iter().zip(disks.iter().cloned()).collect();
+    let mut builder = driver.build(&spec, files).expect("a builder");
+    let all = GuestOffset::ZERO..GuestOffset::new(size);
+    builder.fill(all, diskmill_core::Run::Absent).expect("fill");
+    builder.finish(Finish::new(Durability::None)).expect("finish");
+    for (bytes, output) in bytes(&disks).into_iter().zip(outputs) {
+        match output.name {
+            OutputName::Named(name) => std::fs::write(name, bytes),
+            _ => std::fs::write(path, bytes),
+        }
+        .expect("write");
+    }
 }
 
 impl Kind {
@@ -274,6 +378,14 @@ impl Kind {
         }
     }
 
+    /// The format, as QEMU's tools are told.
+    pub fn format(&self) -> &'static str {
+        match self.options.contains("encrypt.format") {
+            true => "qcow2+key",
+            false => "qcow2",
+        }
+    }
+
     /// Makes the image.
     pub fn make(&self) -> Image {
         let scratch = Scratch::new();
@@ -290,7 +402,15 @@ impl Kind {
                 oracle::convert(["-c"], &raw, "raw", &path, format);
                 path
             };
-            oracle::create_overlay(&main, &options, &path, format, Some(&size));
+            if options.contains("luks") {
+                let below = BackingName {
+                    name: path.to_str().expect("a plain path").to_owned(),
+                    format: Some(format.to_owned()),
+                };
+                create(&main, &options, self.size, Some(below));
+            } else {
+                oracle::create_overlay(&main, &options, &path, format, Some(&size));
+            }
             let file: Arc<dyn Storage> = Arc::new(Memory::from(std::fs::read(&path).expect("read")));
             let how = OpenSpec::default();
             let driver = registry::by_name(format).expect("a driver");
@@ -301,6 +421,8 @@ impl Kind {
         } else if self.setup == Setup::Compressed {
             let raw = scratch.file("start.raw", &pattern(self.size));
             oracle::convert(["-c", "-o", &options], &raw, "raw", &main, "qcow2");
+        } else if options.contains("luks") {
+            create(&main, &options, self.size, None);
         } else {
             oracle::create(&main, "qcow2", &options, &size);
         }
@@ -312,21 +434,21 @@ impl Kind {
                 format!("write -z {} {}", at(7), at(2)),
                 format!("discard {} {}", at(2), at(1)),
             ];
-            oracle::io(&main, "qcow2", first);
+            oracle::io(&main, self.format(), first);
         }
         if self.setup == Setup::Snapshot {
-            oracle::qemu_img().args(["snapshot", "-c", "one"]).arg(&main).ok();
+            oracle::snapshot(&main, self.format(), ["-c", "one"]);
             let then = [
                 format!("write -P 3 {} {}", at(3), at(1)),
                 format!("write -P 4 {} {}", at(10), at(2)),
             ];
             if self.options.contains("cluster_size=512") {
                 // Elsewhere all tables stay shared with the snapshot.
-                oracle::io(&main, "qcow2", then);
+                oracle::io(&main, self.format(), then);
             }
         }
         let flat = scratch.join("flat.raw");
-        oracle::convert([""; 0], &main, "qcow2", &flat, "raw");
+        oracle::convert([""; 0], &main, self.format(), &flat, "raw");
         let mut files = vec![std::fs::read(&main).expect("read the image")];
         if self.options.contains("DATA") {
             files.push(std::fs::read(&data).expect("read the data file"));
@@ -375,6 +497,8 @@ pub const ROLES: [Role; 2] = [Role::Main, Role::Data];
 pub fn how() -> OpenSpec {
     let mut how = OpenSpec::default();
     how.unmap = true;
+    // For images that are encrypted.
+    how.secrets.set_passphrase(Secret::new(oracle::PASSPHRASE.into()));
     how
 }
 
@@ -426,9 +550,10 @@ impl Image {
     pub fn assert_good(&self, files: &[Vec<u8>], expected: &[u8]) {
         assert_clean(files);
         let path = self.dump(files);
-        oracle::assert_clean(&path, "qcow2");
+        let format = self.kind.format();
+        oracle::assert_clean(&path, format);
         let raw = self.scratch.file("expected.raw", expected);
-        oracle::assert_identical(&path, "qcow2", raw, "raw");
+        oracle::assert_identical(&path, format, raw, "raw");
         if self.kind.name == "raw data file" {
             // QEMU makes it up to a whole cluster.
             let (disk, rest) = files[1].split_at(expected.len());
@@ -443,7 +568,7 @@ impl Image {
         }
         for (name, bytes) in &now {
             let raw = self.scratch.join("snapshot.raw");
-            oracle::convert(["-l", name], &path, "qcow2", &raw, "raw");
+            oracle::convert(["-l", name], &path, format, &raw, "raw");
             // QEMU reads it at the size the disk has now.
             let theirs = std::fs::read(raw).expect("read");
             let len = bytes.len().min(theirs.len());
@@ -462,7 +587,7 @@ impl Image {
 
     /// Compresses a cluster as the image wants it.
     pub fn pack(&self, layer: &Arc<dyn LayerMut>, unit: &[u8]) -> Option<Vec<u8>> {
-        if self.kind.options.contains("DATA") {
+        if self.kind.options.contains("DATA") || self.kind.options.contains("encrypt") {
             let error = layer.encoder().err().expect("no compression");
             assert_eq!(error.kind(), ErrorKind::Unsupported);
             return None;

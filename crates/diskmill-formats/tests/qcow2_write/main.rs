@@ -5,6 +5,7 @@ mod backing;
 mod bitmaps;
 mod compact;
 mod crash;
+mod encryption;
 mod hostile;
 mod images;
 mod model;

@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use diskmill_core::{ErrorKind, GuestOffset, HostOffset, LayerMut, Result, StorageMut, Stored, ZeroHow};
+use diskmill_core::{ErrorKind, GuestOffset, HostOffset, StorageMut, Stored, ZeroHow};
 use diskmill_storage::{Memory, Window};
 use diskmill_testkit::model::{Model, Op};
-use diskmill_testkit::{Scratch, oracle};
 
 use super::images::{self, Disks, Image};
 
@@ -157,31 +156,6 @@ fn entries_that_cannot_be_are_found_before_anything_is_written() {
 }
 
 /// Opens an image that a test made by QEMU's tools.
-fn open_file(path: &std::path::Path) -> Result<Arc<dyn LayerMut>> {
-    images::open(&images::memory(&[std::fs::read(path).expect("read")]))
-}
-
-#[test]
-fn images_that_cannot_be_kept_true_are_refused_by_name() {
-    let scratch = Scratch::new();
-    let path = scratch.join("image.qcow2");
-
-    for options in ["encrypt.format=aes", "encrypt.format=luks,encrypt.iter-time=10"] {
-        oracle::qemu_img()
-            .words("create -q -f qcow2 --object secret,id=s,data=abc -o")
-            .arg(format!("{options},encrypt.key-secret=s"))
-            .arg(&path)
-            .arg("1M")
-            .ok();
-        let error = open_file(&path).expect_err(options);
-        assert_eq!(error.kind(), ErrorKind::Unsupported, "{options}: {error:?}");
-        assert!(
-            format!("{error:?}").contains("encryption"),
-            "{options}: {error:?}"
-        );
-    }
-}
-
 #[test]
 fn feature_bits_are_put_right_when_an_image_is_opened_for_writing() {
     let Used {

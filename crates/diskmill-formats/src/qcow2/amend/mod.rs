@@ -5,13 +5,15 @@
 
 mod wish;
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use diskmill_core::{Chain, Job, Options, Result};
+use diskmill_core::{Amendment, Chain, Job, Result};
 
 pub use super::refcount::TooNarrow;
 pub use wish::{AmendError, OPTIONS};
 
+use super::crypto::place_of;
 use super::extension::Extension;
 use super::flight::Hold;
 use super::header::{Autoclear, Compatible, CompressionType, Header, Incompatible, RefcountOrder, Version};
@@ -20,6 +22,7 @@ use super::read_header;
 use super::snapshot::write::SnapshotTable;
 use super::tables::{L2Tables, Tables};
 use super::write::Image;
+use crate::crypt::luks::change_slots;
 use wish::Wish;
 
 /// Header clusters up to this size have no room for the names of features.
@@ -41,16 +44,21 @@ impl Work<'_> {
 
 impl Image {
     /// See [`LayerMut::amend`](diskmill_core::LayerMut::amend).
-    pub(super) fn amend_all(&self, options: &Options, below: &Chain, job: Job<'_>) -> Result<()> {
+    pub(super) fn amend_all(&self, asked: &Amendment, below: &Chain, job: Job<'_>) -> Result<()> {
         let _flight = self.flights.hold(0..u64::MAX, Hold::Alone);
         let header = self.look(|tables| read_header(tables.fence.file().as_ref()))?;
-        let wish = Wish::new(options, &header)?;
+        let wish = Wish::new(&asked.options, &header)?;
         self.change_all(|tables, snapshots, _| self.may_downgrade(tables, snapshots, &header, &wish))?;
         let work = Work {
             job,
             cluster: self.geometry.cluster_size(),
         };
         self.announce(&header, &wish, &work)?;
+        if let (Some(slots), Some(place)) = (&wish.slots, place_of(&header)) {
+            let file = self.look(|tables| Ok(Arc::clone(tables.fence.file())))?;
+            let key = self.sealing.volume_key()?;
+            change_slots(file.as_ref(), place, slots, key, &self.secrets, asked.force, job)?;
+        }
         if wish.version == Version::V3 && header.version == Version::V2 {
             self.upgrade()?;
         }
@@ -102,7 +110,8 @@ impl Image {
                 header.tail = Some(vec![0; 7]);
                 if header.cluster_bits.cluster_size() > NAMELESS_CLUSTER {
                     let behind = |extension: &Extension| {
-                        matches!(extension, Extension::BackingFormat(_) | Extension::DataFile(_))
+                        use Extension::{BackingFormat, DataFile, Encryption};
+                        matches!(extension, BackingFormat(_) | DataFile(_) | Encryption(_))
                     };
                     let at = header.extensions.iter().rposition(behind).map_or(0, |at| at + 1);
                     header.extensions.insert(at, Header::feature_names());
@@ -136,6 +145,8 @@ impl Image {
         if wish.version == Version::V3 || header.version == Version::V2 {
             return Ok(());
         }
+        // Zeros that version 2 cannot say must be encrypted.
+        self.sealing.cipher()?;
         if header.has_data_file() {
             return Err(AmendError::OldDataFile.into());
         }
@@ -170,7 +181,7 @@ impl Image {
         self.change_all(|tables, snapshots, _| {
             tables.flush()?;
             let all = all_l2(tables, snapshots)?;
-            tables.expand_zeros(&all, backed, &mut || work.tick())?;
+            tables.expand_zeros(&all, backed, &self.sealing, &mut || work.tick())?;
             tables.rewrite_header(|header| {
                 header.version = Version::V2;
                 header.tail = None;

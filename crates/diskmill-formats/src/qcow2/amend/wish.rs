@@ -2,8 +2,9 @@
 
 use diskmill_core::{Error, ErrorKind, Format, OptionError, OptionKind, OptionSpec, Options, Result, SECTOR};
 
+use crate::crypt::luks::SlotChange;
 use crate::qcow2::extension::Extension;
-use crate::qcow2::header::{Autoclear, Compatible, Header, RefcountOrder, Version};
+use crate::qcow2::header::{Autoclear, Compatible, CryptMethod, Header, RefcountOrder, Version};
 use crate::qcow2::layout::BACKING_NAME_MAX;
 use crate::qcow2::options;
 
@@ -110,6 +111,9 @@ pub enum AmendError {
     /// There are no key slots.
     #[error("the image is not encrypted")]
     NotEncrypted,
+    /// There are no key slots either.
+    #[error("the image is encrypted with the old AES, which has nothing to change")]
+    OldEncryption,
     /// Version 2 has no data files.
     #[error("compat=0.10 is not possible with a data file")]
     OldDataFile,
@@ -140,6 +144,7 @@ pub(super) struct Wish {
     pub(super) version: Version,
     pub(super) refcount_order: Option<RefcountOrder>,
     pub(super) size: Option<u64>,
+    pub(super) slots: Option<SlotChange>,
     lazy: Option<bool>,
     data_file: Option<String>,
     raw_off: bool,
@@ -160,6 +165,7 @@ impl Wish {
             version,
             refcount_order: refcount_order(options)?.filter(|order| *order != header.refcount_order),
             size: options.size("size")?.filter(|size| *size != 0),
+            slots: slots(options, header)?,
             lazy,
             data_file: options.text("data_file").map(str::to_owned),
             raw_off: options.bool("data_file_raw")? == Some(false),
@@ -169,9 +175,6 @@ impl Wish {
     }
 
     fn agree(&self, options: &Options, header: &Header) -> Result<(), AmendError> {
-        if options.iter().any(|(name, _)| name.starts_with("encrypt.")) {
-            return Err(AmendError::NotEncrypted);
-        }
         if let Some(name) = &self.data_file {
             if !header.has_data_file() {
                 return Err(AmendError::NoDataFile);
@@ -251,6 +254,18 @@ fn check(options: &Options) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn slots(options: &Options, header: &Header) -> Result<Option<SlotChange>> {
+    const PREFIX: &str = "encrypt.";
+    if !options.iter().any(|(name, _)| name.starts_with(PREFIX)) {
+        return Ok(None);
+    }
+    match header.crypt_method {
+        CryptMethod::None => Err(AmendError::NotEncrypted.into()),
+        CryptMethod::Aes => Err(AmendError::OldEncryption.into()),
+        CryptMethod::Luks => Ok(Some(SlotChange::parse(options, PREFIX)?)),
+    }
 }
 
 fn refcount_order(options: &Options) -> Result<Option<RefcountOrder>> {

@@ -26,7 +26,8 @@ use diskmill_core::{
 };
 
 use super::Qcow2Image;
-use super::header::{CryptMethod, Header, Incompatible};
+use super::crypto::{EncryptionError, Sealing};
+use super::header::{Header, Incompatible};
 use super::layer::data_index;
 use crate::sketch::Sketch;
 use work::Work;
@@ -47,8 +48,6 @@ pub(super) enum CompactError {
     Unchecked { errors: u64 },
     #[error("the image is marked corrupt and is not compacted before it is repaired (check --repair all)")]
     MarkedCorrupt,
-    #[error("compacting encrypted images")]
-    Encrypted,
     #[error("compressed clusters are not supported with an external data file")]
     PackedInDataFile,
 }
@@ -92,9 +91,6 @@ fn compact(
     dry: bool,
 ) -> Result<CompactReport> {
     let header = image.header();
-    if header.crypt_method != CryptMethod::None {
-        return Err(refuse(ErrorKind::Unsupported, CompactError::Encrypted));
-    }
     if header.incompatible.has(Incompatible::CORRUPT) {
         return Err(refuse(ErrorKind::Corrupt, CompactError::MarkedCorrupt));
     }
@@ -105,6 +101,11 @@ fn compact(
         .first()
         .cloned()
         .ok_or_else(|| Error::new(ErrorKind::Usage, "an image needs a file"))?;
+    let sealing = Sealing::of(header, main.as_ref(), how)?;
+    // What moves is encrypted for its new place, and zeros are to be told.
+    if sealing.cipher()?.is_some() && spec.compress.is_some() {
+        return Err(EncryptionError::Compressed.refuse());
+    }
     let len_before = main.len()?;
     let leaks = sound(header, &main, &files, how, job)?;
     let data_index = data_index(header, files.iter().map(|(role, _)| *role))?;
@@ -115,7 +116,7 @@ fn compact(
         false => None,
     };
     let header = super::read_header(main.as_ref())?;
-    let mut work = Work::new(header, main, data, dry, job)?;
+    let mut work = Work::new(header, main, data, sealing, dry, job)?;
     work.report.len_before = len_before;
     work.report.leaked = leaks.saturating_mul(work.cluster());
     let done = work.all(spec, leaks > 0);

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use diskmill_core::{HostOffset, HostRun, Result, Storage, ZeroHow};
+use diskmill_core::{GuestOffset, HostOffset, HostRun, Result, Storage, ZeroHow};
 
 use super::super::header::{Autoclear, Version};
 use super::super::layout::ZERO_FLAG;
@@ -149,8 +149,8 @@ impl Work<'_> {
             if left == stored && stored != 0 {
                 return Ok(keep);
             }
-            if left != 0 && self.cluster() / 32 < HOST_BLOCK {
-                // The host could do nothing with it.
+            if left != 0 && (self.cluster() / 32 < HOST_BLOCK || self.sealing.is_encrypted()) {
+                // The host could do nothing with it, or a hole would not read as zeros if the power failed too early.
                 return Ok(keep);
             }
             let zeros = zeros | u64::from(stored & !left);
@@ -190,13 +190,15 @@ impl Work<'_> {
         if let Some(known) = known {
             return Ok(known);
         }
-        let mask = if search.holes.covers(file, at, cluster)? {
+        let mask = if !self.sealing.is_encrypted() && search.holes.covers(file, at, cluster)? {
             0
         } else {
             search
                 .buffer
                 .resize(self.geometry.cluster_bits().cluster_len(), 0);
-            file.read_padded(HostOffset::new(at), &mut search.buffer)?;
+            let read = |at, buf: &mut [u8]| file.read_padded(at, buf);
+            let (guest, at) = (GuestOffset::new(guest), HostOffset::new(at));
+            self.sealing.read(guest, at, &mut search.buffer, read)?;
             let parts = all(self.geometry).count_ones();
             let part_len = search.buffer.len() / usize::try_from(parts).unwrap_or(1);
             let masks = search.buffer.chunks(part_len).zip(0_u32..);

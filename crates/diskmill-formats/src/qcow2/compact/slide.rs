@@ -220,7 +220,7 @@ impl Work<'_> {
         let mut shared = Shared::new();
         for table in self.bitmap_tables()? {
             self.each_bitmap_entry(&table, |work, at, host| {
-                if let Some(new) = work.move_single(Copied::Data, host >> bits, 1, &mut shared, push)? {
+                if let Some(new) = work.move_single(Copied::Bits, host >> bits, 1, &mut shared, push)? {
                     work.switch(at, new << bits);
                     work.commit_if_many()?;
                 }

@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 use diskmill_core::{CompactReport, HostOffset, Job, Limits, Result, StorageMut, ZeroHow};
 
+use super::super::crypto::Sealing;
 use super::super::fence::{Fence, Part};
 use super::super::header::Header;
 use super::super::map::{Geometry, L1Entry, L2Entry, Subclusters};
 use super::super::refcount::Refcounts;
 use super::super::run::split_entry;
 use super::super::snapshot::{self, Snapshot};
+use super::super::tables::protect_encryption;
 use crate::codec::is_zero;
 
 /// Bytes copied between two flushes.
@@ -31,6 +33,7 @@ pub(super) struct Work<'a> {
     pub(super) geometry: Geometry,
     pub(super) main: Arc<dyn StorageMut>,
     pub(super) data: Option<Arc<dyn StorageMut>>,
+    pub(super) sealing: Sealing,
     pub(super) fence: Fence,
     pub(super) refcounts: Refcounts,
     /// Nothing but tables is written: the file is a sketch.
@@ -56,7 +59,9 @@ pub(super) struct Work<'a> {
 pub(super) enum Copied {
     /// Tables.
     Tables,
-    /// What is stored of the disk, or of a bitmap.
+    /// Bits of a bitmap.
+    Bits,
+    /// What is stored of the disk.
     Data,
 }
 
@@ -90,12 +95,14 @@ impl<'a> Work<'a> {
         header: Header,
         main: Arc<dyn StorageMut>,
         data: Option<Arc<dyn StorageMut>>,
+        sealing: Sealing,
         dry: bool,
         job: Job<'a>,
     ) -> Result<Self> {
         let geometry = header.geometry();
         let mut fence = Fence::new(Arc::clone(&main), data.clone(), geometry.cluster_bits().get());
         fence.protect(0..geometry.cluster_size(), Part::Header);
+        protect_encryption(&mut fence, &header);
         let refcounts = Refcounts::load(
             &mut fence,
             header.refcount_order.get(),
@@ -110,6 +117,7 @@ impl<'a> Work<'a> {
             header,
             main,
             data,
+            sealing,
             fence,
             refcounts,
             dry,
@@ -174,21 +182,26 @@ impl<'a> Work<'a> {
     }
 
     /// Copies `len` clusters. What is zero becomes a hole. In a sketch data is not copied: nobody will look at it again.
+    /// Encrypted data is encrypted anew for its new place.
     pub(super) fn copy(&mut self, what: Copied, from: u64, to: u64, len: u64) -> Result<()> {
         let bits = self.bits();
         for step in 0..len {
             let at = to.saturating_add(step) << bits;
             self.note_copied(self.cluster());
-            if self.dry && what == Copied::Data {
+            if self.dry && what != Copied::Tables {
                 self.reach(at.saturating_add(self.cluster()))?;
                 continue;
             }
             let mut buffer = std::mem::take(&mut self.buffer);
             buffer.resize(self.geometry.cluster_bits().cluster_len(), 0);
-            let done = self
-                .main
-                .read_padded(HostOffset::new(from.saturating_add(step) << bits), &mut buffer)
-                .and_then(|()| write_sparse(self.main.as_ref(), at, &buffer));
+            let old = HostOffset::new(from.saturating_add(step) << bits);
+            let done = self.main.read_padded(old, &mut buffer).and_then(|()| match what {
+                Copied::Data if self.sealing.is_encrypted() => {
+                    self.sealing.renew(old, HostOffset::new(at), &mut buffer)?;
+                    self.main.write_at(HostOffset::new(at), &buffer)
+                }
+                _ => write_sparse(self.main.as_ref(), at, &buffer),
+            });
             self.buffer = buffer;
             done?;
         }

@@ -8,19 +8,20 @@ use std::sync::Arc;
 
 use diskmill_core::{
     Builder, CreateSpec, Durability, Encoder, Error, ErrorKind, FileIndex, FilesMut, Finish, Format,
-    GuestOffset, HostOffset, HostSpan, OutputName, OutputSpec, Result, Role, Run, SECTOR, StorageMut, Stored,
-    Writes, ZeroHow,
+    GuestOffset, HostOffset, HostSpan, Job, OutputName, OutputSpec, Result, Role, Run, SECTOR, Sealer,
+    Secrets, StorageMut, Stored, Writes, ZeroHow,
 };
 
 pub use clusters::FullError;
 use tables::Tables;
 
+use super::crypto::Sealing;
 use super::header::Version;
 use super::map::{ClusterKind, L2Entry, SUBCLUSTERS, SubclusterKind, Subclusters};
 use super::measure;
-use super::options::Plan;
+use super::options::{Encryption, Plan};
 use crate::codec::UnitEncoder;
-use crate::preallocation::{Preallocation, write_zeros};
+use crate::preallocation::{Preallocation, write_zeros, zeros};
 
 /// Where guest data goes if there is a data file.
 const DATA_FILE: FileIndex = FileIndex(1);
@@ -28,6 +29,7 @@ const DATA_FILE: FileIndex = FileIndex(1);
 /// See [`Driver::outputs`](diskmill_core::Driver::outputs).
 pub(super) fn outputs(spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
     let plan = Plan::new(spec)?;
+    plan.encryption.check(&spec.secrets)?;
     let mut main = OutputSpec::main();
     main.nocow = plan.nocow;
     main.extent_size_hint = plan.extent_size_hint;
@@ -72,7 +74,9 @@ pub(super) fn build(spec: &CreateSpec, files: FilesMut) -> Result<Box<dyn Builde
     if plan.preallocation == Preallocation::Falloc && !data.hints().fixed_len && disk > 0 {
         let end = match plan.data_file {
             Some(_) => disk,
-            None => measure::table_bytes(&plan).saturating_add(disk),
+            None => measure::table_bytes(&plan)
+                .saturating_add(measure::encryption_bytes(&plan))
+                .saturating_add(disk),
         };
         data.allocate(HostOffset::ZERO..HostOffset::new(end))?;
     }
@@ -80,7 +84,12 @@ pub(super) fn build(spec: &CreateSpec, files: FilesMut) -> Result<Box<dyn Builde
         (true, None) => plan.cluster_bits.cluster_size() / u64::from(SUBCLUSTERS),
         _ => plan.cluster_bits.cluster_size(),
     };
+    let sealing = encrypt(&plan, &tables, main.as_ref(), &spec.secrets)?;
+    let sealer = sealing
+        .cipher()?
+        .map(|cipher| Arc::new(cipher.clone()) as Arc<dyn Sealer>);
     Ok(Box::new(Qcow2Builder {
+        sealer,
         unit,
         stale: data.hints().fixed_len,
         placed: GuestOffset::ZERO,
@@ -88,6 +97,23 @@ pub(super) fn build(spec: &CreateSpec, files: FilesMut) -> Result<Box<dyn Builde
         files,
         plan,
     }))
+}
+
+/// Makes a key for the image, and writes the header that keeps it if there is one.
+fn encrypt(plan: &Plan, tables: &Tables, main: &dyn StorageMut, secrets: &Secrets) -> Result<Sealing> {
+    match (&plan.encryption, tables.encryption_at()) {
+        (Encryption::None, _) => Ok(Sealing::Plain),
+        (Encryption::Luks(luks), Some(at)) => {
+            let passphrase = plan.encryption.passphrase(secrets)?;
+            let volume = luks.make(passphrase.as_bytes(), Job::silent())?;
+            let len = measure::encryption_bytes(plan);
+            main.zero(at..at.plus(len)?, ZeroHow::KeepAllocated)?;
+            volume.write_material(main, at)?;
+            volume.write_header(main, at)?;
+            Sealing::luks(volume.key().clone())
+        }
+        _ => Sealing::aes(&plan.encryption.passphrase(secrets)?),
+    }
 }
 
 /// What clusters that get a place are to read as.
@@ -104,6 +130,8 @@ enum Fill {
 #[derive(Debug)]
 struct Qcow2Builder {
     plan: Plan,
+    /// Encrypts data, if it is to be.
+    sealer: Option<Arc<dyn Sealer>>,
     files: Vec<Arc<dyn StorageMut>>,
     tables: Tables,
     unit: u64,
@@ -223,13 +251,57 @@ impl Qcow2Builder {
             if self.plan.data_file.is_none() {
                 end = up(end, self.unit)?;
             }
-            if self.plan.preallocation == Preallocation::Full {
+            if self.reads_what_is_there(fill)
+                && let Some(sealer) = &self.sealer
+            {
+                // Zeros as they are would not read as such.
+                let (mut guest, mut at) = (rest.start, host);
+                while at < end {
+                    let piece = zeros(end.since(at));
+                    writes.push_sealed(self.data_file(), at, guest, piece, sealer);
+                    let len = piece.len() as u64;
+                    (guest, at) = (guest.plus(len)?, at.plus(len)?);
+                }
+            } else if self.plan.preallocation == Preallocation::Full {
                 write_zeros(self.data_file(), host..end, writes);
             } else if self.stale && fill == Fill::Kept && (!self.plan.extended_l2 || self.plan.data_file_raw)
             {
                 writes.push_zero(self.data_file(), host..end, ZeroHow::KeepAllocated);
             }
             rest.start = part.end;
+        }
+        Ok(())
+    }
+
+    /// Whether clusters with such a filling are read from the file, whatever is there.
+    fn reads_what_is_there(&self, fill: Fill) -> bool {
+        fill == Fill::Kept && !self.plan.extended_l2
+    }
+
+    /// Queues the write of guest bytes at `guest` to `host`.
+    fn write<'b>(
+        &self,
+        guest: GuestOffset,
+        host: HostOffset,
+        bytes: &'b [u8],
+        writes: &mut Writes<'b>,
+    ) -> Result<()> {
+        let Some(sealer) = &self.sealer else {
+            writes.push(self.data_file(), host, bytes);
+            return self.clear_tail(host.plus(bytes.len() as u64)?, writes);
+        };
+        // The rest of a unit that the disk ends in is zeros too, should the disk grow: QEMU leaves it as it is.
+        let step = match self.plan.data_file {
+            Some(_) => SECTOR,
+            None => self.unit,
+        };
+        let len = usize::try_from((bytes.len() as u64).next_multiple_of(step)).unwrap_or(bytes.len());
+        if len == bytes.len() {
+            writes.push_sealed(self.data_file(), host, guest, bytes, sealer);
+        } else {
+            let mut whole = bytes.to_vec();
+            whole.resize(len, 0);
+            writes.push_sealed(self.data_file(), host, guest, whole, sealer);
         }
         Ok(())
     }
@@ -296,9 +368,8 @@ impl Builder for Qcow2Builder {
                     let part = rest.start..rest.start.plus(len)?;
                     let (now, later) =
                         bytes.split_at(usize::try_from(len).unwrap_or(usize::MAX).min(bytes.len()));
-                    writes.push(self.data_file(), host, now);
+                    self.write(rest.start, host, now, writes)?;
                     self.enter(&part, host, Fill::Data, writes)?;
-                    self.clear_tail(host.plus(len)?, writes)?;
                     bytes = later;
                     rest.start = part.end;
                 }
@@ -327,10 +398,12 @@ impl Builder for Qcow2Builder {
         let plan = &self.plan;
         let hides = what == Run::Zero && plan.backing.is_some();
         if plan.preallocates() {
-            // Subclusters show what is below until they are said to be zeros.
-            let fill = match (plan.extended_l2, self.stale) {
+            // Subclusters show what is below until they are said to be zeros. So do encrypted clusters show anything.
+            let encrypted = self.sealer.is_some();
+            let stale = self.stale && !plan.data_file_raw || encrypted;
+            let fill = match (plan.extended_l2, stale) {
                 (true, _) if hides => Fill::Zero,
-                (false, true) if !plan.data_file_raw && plan.version == Version::V3 => Fill::Zero,
+                (false, true) if plan.version == Version::V3 => Fill::Zero,
                 _ => Fill::Kept,
             };
             self.keep(range, fill, writes)?;
@@ -356,7 +429,7 @@ impl Builder for Qcow2Builder {
         };
         let row = range.start.align_down(step).saturating_add(step);
         let split = self.plan.data_file.is_none() && range.end > row;
-        if split || self.plan.codec.is_some() || range.is_empty() {
+        if split || self.plan.codec.is_some() || self.sealer.is_some() || range.is_empty() {
             return Ok(None);
         }
         self.advance(&range)?;

@@ -50,6 +50,8 @@ pub(super) struct Tables {
     clusters: Clusters,
     l1: Vec<u64>,
     l1_offset: HostOffset,
+    /// Where the encryption header goes, if there is one.
+    encryption_at: Option<HostOffset>,
     /// Bytes of the clusters set aside for the L1 table.
     l1_room: u64,
     refcount_table: Vec<u64>,
@@ -71,9 +73,18 @@ impl Tables {
         let l1_bytes = entries.saturating_mul(8);
         let l1_clusters = plan.cluster_bits.clusters(l1_bytes);
         let l1_offset = clusters.take(l1_clusters)?;
+        let mut end = l1_offset.plus(l1_bytes)?;
+        let encryption = plan.cluster_bits.clusters(plan.encryption.header_len());
+        let mut encryption_at = None;
+        if encryption > 0 {
+            let at = clusters.take(encryption)?;
+            end = at.plus(encryption.saturating_mul(plan.cluster_bits.cluster_size()))?;
+            encryption_at = Some(at);
+        }
         Ok(Self {
             geometry,
             clusters,
+            encryption_at,
             l1: vec![0; to_len(entries)],
             l1_offset,
             l1_room: l1_clusters.saturating_mul(plan.cluster_bits.cluster_size()),
@@ -81,8 +92,13 @@ impl Tables {
             current: None,
             before_data: true,
             waiting: Vec::new(),
-            end: l1_offset.plus(l1_bytes)?,
+            end,
         })
+    }
+
+    /// Where the encryption header goes, if there is one.
+    pub fn encryption_at(&self) -> Option<HostOffset> {
+        self.encryption_at
     }
 
     /// Gives out `count` clusters in a row for data at `guest`, behind the L2 table if that is the first.
@@ -208,6 +224,9 @@ impl Tables {
         let mut bytes = be_bytes(&entries);
         bytes.resize(to_len(table.saturating_mul(cluster_size)), 0);
         writes.push(FileIndex::MAIN, table_at, bytes);
+        if let Some(at) = self.encryption_at {
+            header.set_encryption_offset(at);
+        }
         header.refcount_table_offset = table_at;
         header.refcount_table_clusters = u32::try_from(table).unwrap_or(u32::MAX);
         Ok(self.end)

@@ -150,6 +150,17 @@ pub enum CryptMethod {
     Luks,
 }
 
+impl CryptMethod {
+    /// What `info` and options call it; "none" if data is not encrypted.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Aes => "aes",
+            Self::Luks => "luks",
+        }
+    }
+}
+
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum CompressionType {

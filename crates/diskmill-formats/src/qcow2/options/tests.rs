@@ -1,4 +1,4 @@
-use diskmill_core::{Compression, OptionError, Options};
+use diskmill_core::{Compression, OptionError, Options, Secret, SecretError, Secrets};
 
 use super::*;
 
@@ -117,14 +117,52 @@ fn options_that_exclude_each_other_are_refused() {
 }
 
 #[test]
-fn encryption_is_refused_by_name_for_now() {
-    for option in ["encryption=on", "encrypt.format=luks", "encrypt.iter-time=5"] {
-        let error = plan(option).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unsupported, "{option}");
-        let name = option.split('=').next().unwrap();
-        assert!(format!("{error:?}").contains(name), "{error:?}");
+fn options_of_the_encryption_go_together_or_not() {
+    for (option, expected) in [
+        (
+            "encrypt.iter-time=5",
+            CreateError::NoEncryptFormat("encrypt.iter-time".into()),
+        ),
+        (
+            "encrypt.format=aes,encrypt.cipher-alg=aes-256",
+            CreateError::NotOfAes("encrypt.cipher-alg".into()),
+        ),
+        (
+            "encryption=on,encrypt.hash-alg=sha1",
+            CreateError::NotOfAes("encrypt.hash-alg".into()),
+        ),
+        ("encryption=on,encrypt.format=luks", CreateError::EncryptionTwice),
+    ] {
+        assert_eq!(refused(option), expected, "{option}");
     }
-    assert!(plan("encryption=off").is_ok());
+    for option in [
+        "encryption=off",
+        "encryption=on",
+        "encryption=off,encrypt.format=luks",
+        "encrypt.format=aes,encrypt.key-secret=s",
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.cipher-alg=serpent-192,encrypt.cipher-mode=ctr",
+    ] {
+        assert!(plan(option).is_ok(), "{option}");
+    }
+    let error = plan("encrypt.format=luks2").unwrap_err();
+    assert!(matches!(error.find(), Some(OptionError::Value { name, .. }) if name == "format"));
+}
+
+#[test]
+fn a_new_image_needs_the_passphrase_it_names() {
+    let with = |options: &str| plan(options).unwrap().encryption;
+    let mut secrets = Secrets::new();
+    let luks = with("encrypt.format=luks,encrypt.key-secret=s");
+    let unknown = luks.check(&secrets).unwrap_err();
+    assert!(matches!(unknown.find(), Some(SecretError::Unknown(id)) if id == "s"));
+    let aes = with("encryption=on");
+    let missing = aes.check(&secrets).unwrap_err();
+    assert_eq!(missing.find(), Some(&SecretError::Missing("encrypt.key-secret")));
+    secrets.add("s", Secret::new(b"one".to_vec())).unwrap();
+    assert_eq!(luks.passphrase(&secrets).unwrap().as_bytes(), b"one");
+    secrets.set_passphrase(Secret::new(b"all".to_vec()));
+    aes.check(&secrets).unwrap();
+    assert_eq!(aes.passphrase(&secrets).unwrap().as_bytes(), b"all");
 }
 
 #[test]

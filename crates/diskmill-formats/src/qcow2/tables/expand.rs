@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use diskmill_core::{HostOffset, Result, ZeroHow};
+use diskmill_core::{GuestOffset, HostOffset, Result, ZeroHow};
 
+use super::super::crypto::Sealing;
 use super::super::fence::Part;
 use super::super::map::L1Entry;
 use super::super::slot::{Place, Slot};
@@ -12,8 +13,17 @@ use super::{Reclaim, Tables};
 /// Clusters taken at once.
 const STEP: u64 = 256;
 
-/// L2 tables by their place, and how often L1 tables name each.
-pub(crate) type L2Tables = BTreeMap<u64, u64>;
+/// L2 tables by their place.
+pub(crate) type L2Tables = BTreeMap<u64, Named>;
+
+/// What names an L2 table.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Named {
+    /// How many entries of L1 tables.
+    times: u64,
+    /// The number of the first of them.
+    index: u64,
+}
 
 /// Told whenever a table has been looked at.
 type Tick<'a> = &'a mut dyn FnMut() -> Result<()>;
@@ -22,10 +32,11 @@ impl Tables {
     /// The L2 tables that `l1s` name.
     pub(crate) fn l2_tables(&self, l1s: &[Vec<L1Entry>]) -> Result<L2Tables> {
         let mut tables = L2Tables::new();
-        for entry in l1s.iter().flatten() {
+        let numbered = |l1| (0_u64..).zip(l1);
+        for (index, entry) in l1s.iter().flat_map(numbered) {
             if let Some(at) = entry.table(self.geometry)? {
-                let named = tables.entry(at.get()).or_default();
-                *named = named.saturating_add(1);
+                let named = tables.entry(at.get()).or_insert(Named { times: 0, index });
+                named.times = named.times.saturating_add(1);
             }
         }
         Ok(tables)
@@ -45,7 +56,13 @@ impl Tables {
     /// Does away with zero flags in `tables`. Where a cluster has a place of its own, or there is a layer below, zeros
     /// are stored; elsewhere it is left out. A table goes on meaning the same, so that it can be changed where it is,
     /// whoever it belongs to; what it refers to counts as often as it is named.
-    pub(crate) fn expand_zeros(&mut self, tables: &L2Tables, backed: bool, tick: Tick<'_>) -> Result<()> {
+    pub(crate) fn expand_zeros(
+        &mut self,
+        tables: &L2Tables,
+        backed: bool,
+        sealing: &Sealing,
+        tick: Tick<'_>,
+    ) -> Result<()> {
         for (at, named) in tables {
             let table_at = HostOffset::new(*at);
             let slots = self.slots(table_at)?;
@@ -53,7 +70,7 @@ impl Tables {
             while let Some(slot) = slots.get(number) {
                 number += match slot.zero {
                     0 => 1,
-                    _ => self.expand_from(table_at, number, &slots, *named, backed)?,
+                    _ => self.expand_from(table_at, number, &slots, *named, backed, sealing)?,
                 };
             }
             tick()?;
@@ -67,10 +84,16 @@ impl Tables {
         table_at: HostOffset,
         number: usize,
         slots: &[Slot],
-        named: u64,
+        named: Named,
         backed: bool,
+        sealing: &Sealing,
     ) -> Result<usize> {
         let bits = self.geometry.cluster_bits().get();
+        let guest = self
+            .geometry
+            .l1_start(named.index)
+            .saturating_add((number as u64) << bits);
+        let named = named.times;
         let rest = slots.get(number..).unwrap_or_default();
         let Some(slot) = rest.first().copied() else {
             return Ok(1);
@@ -79,7 +102,7 @@ impl Tables {
             && self.refcounts.get(&mut self.fence, host.get() >> bits)? == 1
         {
             // Nothing else looks at this place.
-            self.write_zero_clusters(host.get() >> bits, 1)?;
+            self.write_zero_clusters(host.get() >> bits, 1, guest, sealing)?;
             self.rewrite(table_at, number, stored(host, true))?;
             self.settle_if_many()?;
             return Ok(1);
@@ -95,7 +118,7 @@ impl Tables {
             self.refcounts
                 .raise_by(&mut self.fence, cluster, named.saturating_sub(1))?;
         }
-        self.write_zero_clusters(first, count)?;
+        self.write_zero_clusters(first, count, guest, sealing)?;
         let mut done = 0;
         for (slot, cluster) in rest.iter().zip(first..first.saturating_add(count)) {
             let new = stored(HostOffset::new(cluster << bits), named == 1);
@@ -105,11 +128,21 @@ impl Tables {
         Ok(done)
     }
 
-    fn write_zero_clusters(&mut self, first: u64, count: u64) -> Result<()> {
+    fn write_zero_clusters(
+        &mut self,
+        first: u64,
+        count: u64,
+        guest: GuestOffset,
+        sealing: &Sealing,
+    ) -> Result<()> {
         let bits = self.geometry.cluster_bits().get();
         let range = first << bits..first.saturating_add(count) << bits;
         self.fence.check(Part::Data, range.clone())?;
         self.fence.note_copied();
+        if sealing.is_encrypted() {
+            let (host, len) = (HostOffset::new(range.start), range.end - range.start);
+            return sealing.write_zeros(self.fence.file().as_ref(), guest, host, len);
+        }
         let range = HostOffset::new(range.start)..HostOffset::new(range.end);
         self.fence.file().zero(range, ZeroHow::MayUnmap)
     }
