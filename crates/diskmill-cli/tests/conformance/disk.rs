@@ -7,12 +7,12 @@ use crate::tools::{binary, native, ours, theirs};
 
 /// Bytes of files on the disk: enough to have every sort, small enough for every run of the tests.
 fn files_len() -> u64 {
-    let len: u64 = 48 << 20;
-    len.saturating_mul(soak().into()).min(160 << 20)
+    let len: u64 = 16 << 20;
+    len.saturating_mul(soak().into()).min(80 << 20)
 }
 
 /// Bytes of the disk, which is sparse.
-const DISK: u64 = 256 << 20;
+const DISK: u64 = 128 << 20;
 
 struct Disk {
     scratch: Scratch,
@@ -128,7 +128,7 @@ fn disk__overlays_and_pipes() {
     oracle::io(
         scratch.join("old.raw"),
         "raw",
-        ["write -P 1 0 1M", "write -P 2 100M 5M", "write -z 200M 3M"],
+        ["write -P 1 0 1M", "write -P 2 50M 5M", "write -z 100M 3M"],
     );
     ours(scratch)
         .words("convert -c -f raw -O qcow2 old.raw old.qcow2")
@@ -176,7 +176,7 @@ fn disk__committed_and_rebased() {
     oracle::io(
         scratch.join("old.raw"),
         "raw",
-        ["write -P 1 0 1M", "write -P 2 100M 5M", "write -z 200M 3M"],
+        ["write -P 1 0 1M", "write -P 2 50M 5M", "write -z 100M 3M"],
     );
     for (base, flags, overlay) in [
         ("base.qcow2", "-c -O qcow2", ""),

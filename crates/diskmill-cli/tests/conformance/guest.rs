@@ -13,7 +13,7 @@ const INIT: &str = "#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 cd /data
 echo BEGIN-HASHES
-/bin/busybox find . -type f | /bin/busybox sort | while read -r f; do /bin/busybox sha256sum \"$f\"; done
+/bin/busybox find . -type f -print0 | /bin/busybox xargs -0 /bin/busybox sha256sum
 echo END-HASHES
 /bin/busybox mkdir /written
 n=0
@@ -25,7 +25,7 @@ done
 /bin/busybox sync
 cd /written
 echo BEGIN-WRITTEN
-/bin/busybox find . -type f | /bin/busybox sort | while read -r f; do /bin/busybox sha256sum \"$f\"; done
+/bin/busybox find . -type f -print0 | /bin/busybox xargs -0 /bin/busybox sha256sum
 echo END-WRITTEN
 cd /
 /bin/busybox mount -o remount,ro / && echo DISK-IS-CLEAN
