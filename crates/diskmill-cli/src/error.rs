@@ -4,7 +4,8 @@ use std::error::Error as _;
 use std::ffi::OsStr;
 use std::io;
 
-use diskmill_core::{Error, ErrorKind};
+use diskmill_core::{Error, ErrorKind, SecretError};
+use diskmill_formats::crypt::luks::LuksError;
 
 use crate::compat::reason;
 use crate::exit::Exit;
@@ -232,6 +233,16 @@ fn chain(error: &Error) -> String {
 
 /// What a person could do about it.
 fn hint(error: &Error) -> Option<&'static str> {
+    if let Some(SecretError::Missing(_)) = error.find() {
+        return Some(
+            "give its passphrase by --passphrase-file FILE, that of a new image by --new-passphrase-file",
+        );
+    }
+    if let Some(LuksError::Password) = error.find() {
+        return Some(
+            "a passphrase file is taken to its last byte but for one line end; 'diskmill info' lists the slots",
+        );
+    }
     Some(match error.kind() {
         ErrorKind::Locked => {
             "stop the virtual machine that uses it; to read it nevertheless, at your own risk, add --force-share"
