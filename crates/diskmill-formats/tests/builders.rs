@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use diskmill_core::{
     BackingName, Compression, CreateSpec, Driver, Durability, ErrorKind, Finish, GuestOffset, Hints,
-    HostOffset, HostRun, Options, QueuedWrite, RawFile, Result, Role, Run, Storage, StorageMut, Stored,
-    Writes, ZeroHow,
+    HostOffset, HostRun, Options, QueuedWrite, RawFile, Result, Role, Run, State, Storage, StorageMut,
+    Stored, Writes, ZeroHow,
 };
-use diskmill_formats::{qcow2, raw, vmdk};
+use diskmill_formats::{cow, qcow2, raw, vmdk};
 use diskmill_storage::Memory;
 use diskmill_testkit::contract::builder::{builder, open};
 
@@ -592,4 +592,149 @@ fn a_stream_into_a_pipe_has_the_bytes_of_one_in_a_file() {
         [0; 512],
         "the last sector ends the stream"
     );
+}
+
+#[test]
+fn cow_in_a_file() {
+    // The bitmap ends within a sector, with one, and further back.
+    for size in [512, 480 * 8 * 512, SIZE] {
+        builder(&cow::DRIVER, &spec(size, ""), &file);
+    }
+    builder(&cow::DRIVER, &overlay(spec(SIZE, "")), &file);
+}
+
+/// A page of the bitmap tells of 64 MiB.
+#[test]
+fn data_across_pages_of_a_cow_bitmap_is_found() {
+    const PAGE: u64 = 64 << 20;
+    let image = file();
+    let spec = overlay(spec(3 * PAGE + 512, ""));
+    let mut builder = cow::DRIVER
+        .build(&spec, vec![(Role::Main, image.clone())])
+        .unwrap();
+    let at = GuestOffset::new;
+    let data = vec![7; 16_384];
+    builder.fill(at(0)..at(PAGE - 8192), Run::Absent).unwrap();
+    let mut writes = Writes::new();
+    builder
+        .place(at(PAGE - 8192), Stored::Plain(&data), &mut writes)
+        .unwrap();
+    builder
+        .place_run(at(PAGE + 8192)..at(2 * PAGE + 4096), Run::Zero, &mut writes)
+        .unwrap();
+    builder
+        .place_run(at(2 * PAGE + 4096)..at(3 * PAGE), Run::Absent, &mut writes)
+        .unwrap();
+    builder
+        .place(at(3 * PAGE), Stored::Plain(&data[..512]), &mut writes)
+        .unwrap();
+    writes.perform(std::slice::from_ref(&image)).unwrap();
+    builder.finish(Finish::new(Durability::None)).unwrap();
+    let layer = open(&cow::DRIVER, &vec![image]);
+    let (mut runs, mut start) = (Vec::new(), 0);
+    while start < spec.virtual_size {
+        let extent = layer.map(at(start), u64::MAX).unwrap();
+        runs.push((start, extent.len, extent.state != State::Absent));
+        start += extent.len;
+    }
+    let stored = PAGE + 12_288;
+    assert_eq!(
+        runs,
+        [
+            (0, PAGE - 8192, false),
+            (PAGE - 8192, stored, true),
+            (PAGE - 8192 + stored, PAGE - 4096, false),
+            (3 * PAGE, 512, true),
+        ]
+    );
+    let mut found = vec![0; 20_000];
+    layer.read_at(at(PAGE - 8192), &mut found).unwrap();
+    assert!(found[..16_384] == data && found[16_384..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn cow_on_a_device() {
+    builder(&cow::DRIVER, &spec(SIZE, ""), &device);
+    builder(&cow::DRIVER, &overlay(spec(SIZE, "")), &device);
+    let small: Arc<dyn StorageMut> = Arc::new(Device(Memory::zeroed(1000)));
+    let error = cow::DRIVER
+        .build(&spec(SIZE, ""), vec![(Role::Main, small)])
+        .err()
+        .unwrap();
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+}
+
+#[test]
+fn cow_images_that_make_no_sense_are_refused() {
+    let named = |name: &str| {
+        let mut spec = overlay(spec(SIZE, ""));
+        spec.backing.as_mut().unwrap().name = name.to_owned();
+        spec
+    };
+    for (spec, text) in [
+        (spec(0, ""), "size is 0, must be 512 to 8796093022208"),
+        (spec((8 << 40) + 512, ""), "size is 8796093022720"),
+        (spec(SIZE, "cluster_size=4k"), "invalid parameter 'cluster_size'"),
+        (compressed(spec(SIZE, "")), "cow images are not compressed"),
+        (named(&"a".repeat(1024)), "has 1024 bytes, must have 1 to 1023"),
+        (named("json:{}"), "must be a plain path"),
+    ] {
+        let error = format!("{:?}", cow::DRIVER.outputs(&spec).unwrap_err());
+        assert!(error.contains(text), "{error}");
+    }
+    let pipe = vec![(Role::Main, Arc::new(Pipe::default()) as Arc<dyn StorageMut>)];
+    let error = cow::DRIVER.build(&spec(SIZE, ""), pipe).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    // Every byte in order, and all of them.
+    let build = || {
+        cow::DRIVER
+            .build(&spec(SIZE, ""), vec![(Role::Main, file())])
+            .unwrap()
+    };
+    let at = GuestOffset::new;
+    let mut writes = Writes::new();
+    assert!(
+        build()
+            .place(at(4096), Stored::Plain(&[1; 4096]), &mut writes)
+            .is_err()
+    );
+    assert!(
+        build()
+            .place(at(0), Stored::Packed(&[1; 10]), &mut writes)
+            .is_err()
+    );
+    assert!(
+        build()
+            .place_run(at(0)..at(2 * SIZE), Run::Zero, &mut writes)
+            .is_err()
+    );
+    let mut short = build();
+    short
+        .place(at(0), Stored::Plain(&[1; 4096]), &mut writes)
+        .unwrap();
+    assert!(short.finish(Finish::new(Durability::None)).is_err());
+}
+
+/// The bitmap of 8 TiB is not held in memory.
+#[test]
+fn a_huge_cow_image_is_made_page_by_page() {
+    let mut builder = cow::DRIVER
+        .build(&overlay(spec(8 << 40, "")), vec![(Role::Main, Arc::new(Sink))])
+        .unwrap();
+    builder
+        .fill(GuestOffset::ZERO..GuestOffset::new(4 << 40), Run::Absent)
+        .unwrap();
+    let (mut waiting, step) = (0, builder.unit() << 17);
+    for number in 0..8 {
+        let mut writes = Writes::new();
+        let start = (4 << 40) + number * step;
+        let range = GuestOffset::new(start)..GuestOffset::new(start + step);
+        builder.place_run(range, Run::Zero, &mut writes).unwrap();
+        let queued = writes.queued().iter().map(|write| match write {
+            QueuedWrite::Bytes { bytes, .. } => bytes.len(),
+            _ => 0,
+        });
+        waiting = waiting.max(queued.sum());
+    }
+    assert!(waiting > 0 && waiting <= 256 << 10, "{waiting} bytes at once");
 }

@@ -2,11 +2,12 @@
 //! data of our own held against QEMU's tools as a raw disk behind an offset, both ways.
 
 use std::path::Path;
+use std::time::Instant;
 
 use diskmill_testkit::golden::relics;
-use diskmill_testkit::scratch::{len, patch, peek};
+use diskmill_testkit::scratch::{allocated, len, patch, peek};
 use diskmill_testkit::sparse_random::SparseRandom;
-use diskmill_testkit::{Run, Scratch, hash, oracle};
+use diskmill_testkit::{Scratch, hash, oracle};
 
 use crate::tools::{native, ours, same, theirs};
 
@@ -24,13 +25,18 @@ fn make(seed: u64) -> (Scratch, String) {
 
 /// The disk in `name`, as we read it.
 fn reads(scratch: &Scratch, name: &str) -> String {
-    native(scratch).words(&format!("convert -O raw {name} read.raw")).ok();
+    native(scratch)
+        .words(&format!("convert -O raw {name} read.raw"))
+        .ok();
     hash::sha256_file(scratch.join("read.raw"))
 }
 
 /// Demands that a check finds nothing.
 fn sound(scratch: &Scratch, name: &str) {
-    let report = native(scratch).words(&format!("check --output=json {name}")).ok().json();
+    let report = native(scratch)
+        .words(&format!("check --output=json {name}"))
+        .ok()
+        .json();
     for counter in ["corruptions", "leaks", "check-errors"] {
         assert!(report[counter].as_u64().unwrap_or(0) == 0, "{report:#}");
     }
@@ -44,32 +50,57 @@ fn cow__images_of_its_time_read_as_they_did() {
         assert_eq!(hash::sha256_file(scratch.join(name)), relic.sha256, "{name}");
         if name == "bad-version.cow" {
             let done = native(&scratch).words(&format!("info {name}")).finish().expect(1);
-            assert!(done.err().contains("version is 3 (User-Mode Linux), must be 2"), "{done}");
+            assert!(
+                done.err().contains("version is 3 (User-Mode Linux), must be 2"),
+                "{done}"
+            );
             continue;
         }
-        let info = native(&scratch).words(&format!("info --output=json {name}")).ok().json();
-        let format = if name.ends_with(".cow") { "cow" } else { Path::new(name).extension().unwrap().to_str().unwrap() };
+        let info = native(&scratch)
+            .words(&format!("info --output=json {name}"))
+            .ok()
+            .json();
+        let format = if name.ends_with(".cow") {
+            "cow"
+        } else {
+            Path::new(name).extension().unwrap().to_str().unwrap()
+        };
         assert_eq!(info["format"], format, "{name}");
         assert_eq!(info["virtual-size"], relic.virtual_size, "{name}");
-        assert_eq!(info["backing-filename"].as_str(), relic.backing.as_deref(), "{name}");
+        assert_eq!(
+            info["backing-filename"].as_str(),
+            relic.backing.as_deref(),
+            "{name}"
+        );
         match &relic.guest_sha256 {
             Some(digest) => assert_eq!(&reads(&scratch, name), digest, "{name}"),
             // Behind the end of a shorter base there are zeros.
             None => {
-                native(&scratch).words(&format!("convert -O raw {name} read.raw")).ok();
+                native(&scratch)
+                    .words(&format!("convert -O raw {name} read.raw"))
+                    .ok();
                 let bytes = std::fs::read(scratch.join("read.raw")).unwrap();
                 assert!(bytes == plain_read(&scratch, name), "{name}");
             }
         }
         if name.ends_with(".cow") {
             let code = if name == "short-data.cow" { 2 } else { 0 };
-            native(&scratch).words(&format!("check {name}")).finish().expect(code);
+            native(&scratch)
+                .words(&format!("check {name}"))
+                .finish()
+                .expect(code);
             native(&scratch).words(&format!("map --output=json {name}")).ok();
             // Written anew it says the same.
-            native(&scratch).words(&format!("convert -O cow {name} new.cow")).ok();
+            native(&scratch)
+                .words(&format!("convert -O cow {name} new.cow"))
+                .ok();
             native(&scratch).words(&format!("compare {name} new.cow")).ok();
         }
-        assert_eq!(hash::sha256_file(scratch.join(name)), relic.sha256, "{name} was only read");
+        assert_eq!(
+            hash::sha256_file(scratch.join(name)),
+            relic.sha256,
+            "{name} was only read"
+        );
     }
     // What is missing is put there as zeros.
     std::fs::copy(scratch.join("short-data.cow"), scratch.join("short.cow")).unwrap();
@@ -86,11 +117,19 @@ fn plain_read(scratch: &Scratch, name: &str) -> Vec<u8> {
     let data = (1056 + (size / 512).div_ceil(8)).next_multiple_of(512);
     let end = file[8..].iter().position(|byte| *byte == 0).unwrap();
     let base = std::str::from_utf8(&file[8..8 + end]).unwrap();
-    let below = if base.is_empty() { Vec::new() } else { std::fs::read(scratch.join(base)).unwrap() };
+    let below = if base.is_empty() {
+        Vec::new()
+    } else {
+        std::fs::read(scratch.join(base)).unwrap()
+    };
     let mut disk = vec![0; size];
     for (sector, bytes) in disk.chunks_mut(512).enumerate() {
         let stored = file[1056 + sector / 8] >> (sector % 8) & 1 != 0;
-        let (from, at) = if stored { (&file, data + sector * 512) } else { (&below, sector * 512) };
+        let (from, at) = if stored {
+            (&file, data + sector * 512)
+        } else {
+            (&below, sector * 512)
+        };
         let have = &from[at.min(from.len())..(at + 512).min(from.len())];
         bytes[..have.len()].copy_from_slice(have);
     }
@@ -106,7 +145,9 @@ fn cow__new_images_are_those_of_its_time() {
     let (ours, theirs) = (scratch.join("new.cow"), scratch.join("empty-10m.cow"));
     assert_eq!(hash::sha256_file(ours), hash::sha256_file(theirs));
     // With a backing file all but the time that was last changed, which nobody looks at.
-    native(&scratch).words("create -f cow -b base10m.raw -F raw over.cow").ok();
+    native(&scratch)
+        .words("create -f cow -b base10m.raw -F raw over.cow")
+        .ok();
     let header = |name: &str| peek(scratch.join(name), 0, 1056);
     let (mut old, new) = (header("back-raw.cow"), header("over.cow"));
     old[1032..1036].fill(0);
@@ -120,16 +161,25 @@ fn cow__data_is_where_qemu_finds_it() {
     let (scratch, digest) = make(1);
     let view = |name: &str| format!("driver=raw,offset={DATA_AT},size={SIZE},file.filename={name}");
     // All of it, zeros too, is stored.
-    native(&scratch).words("convert -f raw -O cow -S 0 disk.raw ours.cow").ok();
+    native(&scratch)
+        .words("convert -f raw -O cow -S 0 disk.raw ours.cow")
+        .ok();
     oracle::io(scratch.join("disk.raw"), "raw", ["read 0 512"]);
     let stored = peek(scratch.join("ours.cow"), 1056, 1286);
     assert!(stored[..1285].iter().all(|byte| *byte == 0xff) && stored[1285] == 1);
     theirs(&scratch)
-        .args(["compare", "--image-opts", &view("ours.cow"), "driver=raw,file.filename=disk.raw"])
+        .args([
+            "compare",
+            "--image-opts",
+            &view("ours.cow"),
+            "driver=raw,file.filename=disk.raw",
+        ])
         .ok();
 
     // Their bytes under our bitmap of ones.
-    native(&scratch).words(&format!("create -f cow theirs.cow {SIZE}")).ok();
+    native(&scratch)
+        .words(&format!("create -f cow theirs.cow {SIZE}"))
+        .ok();
     std::fs::File::options()
         .write(true)
         .open(scratch.join("theirs.cow"))
@@ -137,7 +187,15 @@ fn cow__data_is_where_qemu_finds_it() {
         .set_len(DATA_AT + SIZE)
         .unwrap();
     theirs(&scratch)
-        .args(["convert", "-n", "-f", "raw", "disk.raw", "--target-image-opts", &view("theirs.cow")])
+        .args([
+            "convert",
+            "-n",
+            "-f",
+            "raw",
+            "disk.raw",
+            "--target-image-opts",
+            &view("theirs.cow"),
+        ])
         .ok();
     let mut ones = vec![0xff; 1285];
     ones.push(1);
@@ -153,7 +211,9 @@ fn cow__workers_change_no_byte() {
     let (scratch, digest) = make(2);
     for workers in [1, 4, 16] {
         ours(&scratch)
-            .words(&format!("convert -m {workers} -f raw -O cow disk.raw {workers}.cow"))
+            .words(&format!(
+                "convert -m {workers} -f raw -O cow disk.raw {workers}.cow"
+            ))
             .ok();
     }
     let first = hash::sha256_file(scratch.join("1.cow"));
@@ -162,7 +222,10 @@ fn cow__workers_change_no_byte() {
     assert_eq!(reads(&scratch, "1.cow"), digest);
     sound(&scratch, "1.cow");
     assert!(plain_read(&scratch, "1.cow") == std::fs::read(scratch.join("disk.raw")).unwrap());
-    let measured = native(&scratch).words("measure --output=json -f raw -O cow disk.raw").ok().json();
+    let measured = native(&scratch)
+        .words("measure --output=json -f raw -O cow disk.raw")
+        .ok()
+        .json();
     assert_eq!(measured["required"], len(scratch.join("1.cow")));
     assert_eq!(measured["fully-allocated"], DATA_AT + SIZE);
 }
@@ -172,14 +235,28 @@ fn cow__workers_change_no_byte() {
 fn cow__under_the_name_qemu_img() {
     let scratch = Scratch::new();
     relics("cow", &scratch);
-    for words in ["info plain-10m.cow", "info -f raw plain-10m.cow", "map bad-version.cow", "measure -O qcow2 zeros-1m.cow"] {
+    for words in [
+        "info plain-10m.cow",
+        "info -f raw plain-10m.cow",
+        "map bad-version.cow",
+        "measure -O qcow2 zeros-1m.cow",
+    ] {
         same(&scratch, words);
     }
-    theirs(&scratch).words("create -f cow x.cow 1M").finish().expect(1);
-    theirs(&scratch).words("info -f cow plain-10m.cow").finish().expect(1);
+    theirs(&scratch)
+        .words("create -f cow x.cow 1M")
+        .finish()
+        .expect(1);
+    theirs(&scratch)
+        .words("info -f cow plain-10m.cow")
+        .finish()
+        .expect(1);
     let run = |words: &str| ours(&scratch).words(words).ok();
     let info = run("info --output=json -f cow back-chain.cow").json();
-    assert_eq!((&info["format"], &info["virtual-size"]), (&"cow".into(), &(10 << 20).into()));
+    assert_eq!(
+        (&info["format"], &info["virtual-size"]),
+        (&"cow".into(), &(10 << 20).into())
+    );
     assert!(info.get("details").is_none() && info.get("format-specific").is_none());
     let created = run("create -f cow x.cow 1M");
     assert_eq!(created.out(), "Formatting 'x.cow', fmt=cow size=1048576\n");
@@ -189,7 +266,9 @@ fn cow__under_the_name_qemu_img() {
         hash::sha256_file(scratch.join("chain.raw")),
         "7f5967b3a8b09b6c32abe482ba0dce9107cfe900211421d4949086f965591036"
     );
-    ours(&scratch).words("compare -f cow -F raw back-chain.cow chain.raw").ok();
+    ours(&scratch)
+        .words("compare -f cow -F raw back-chain.cow chain.raw")
+        .ok();
 }
 
 #[test]
@@ -202,7 +281,12 @@ fn cow__overlays() {
     assert_eq!(reads(&scratch, "top.cow"), digest);
     // What is new goes into the overlay, zeros hide what is below, and a part of a sector keeps the rest of it.
     std::fs::copy(scratch.join("disk.raw"), scratch.join("new.raw")).unwrap();
-    let changes = ["write -P 7 300k 3k", "write -z 1M 1M", "write -P 8 4M 700", "write -P 9 5261823 1"];
+    let changes = [
+        "write -P 7 300k 3k",
+        "write -z 1M 1M",
+        "write -P 8 4M 700",
+        "write -P 9 5261823 1",
+    ];
     oracle::io(scratch.join("new.raw"), "raw", changes);
     let new = hash::sha256_file(scratch.join("new.raw"));
     let base = hash::sha256_file(scratch.join("base.cow"));
@@ -212,8 +296,15 @@ fn cow__overlays() {
         assert_eq!(reads(&scratch, name), new, "{name}");
         sound(&scratch, name);
     }
-    assert_eq!(hash::sha256_file(scratch.join("base.cow")), base, "what is below is not touched");
-    assert!(scratch_blocks(&scratch, "other.cow") < SIZE, "what is the same stays below");
+    assert_eq!(
+        hash::sha256_file(scratch.join("base.cow")),
+        base,
+        "what is below is not touched"
+    );
+    assert!(
+        allocated(scratch.join("other.cow")) < SIZE,
+        "what is the same stays below"
+    );
 
     // Rebased to another file, to none, and committed.
     oracle::io(scratch.join("disk.raw"), "raw", ["write -P 3 2M 100k"]);
@@ -228,16 +319,14 @@ fn cow__overlays() {
     assert_eq!(reads(&scratch, "other.cow"), new);
     std::fs::remove_file(scratch.join("read.raw")).unwrap();
     run("commit top.cow").ok();
-    assert_eq!(len(scratch.join("top.cow")), 1056 + 1286, "it is as when it was new");
+    assert_eq!(
+        len(scratch.join("top.cow")),
+        1056 + 1286,
+        "it is as when it was new"
+    );
     assert_eq!(reads(&scratch, "base.cow"), new);
     assert_eq!(reads(&scratch, "top.cow"), new);
     sound(&scratch, "base.cow");
-}
-
-/// Bytes that a file takes on the host.
-fn scratch_blocks(scratch: &Scratch, name: &str) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    std::fs::metadata(scratch.join(name)).unwrap().blocks() * 512
 }
 
 /// In place where the data stays where it is, written anew where it moves: the disk shows the same, and zeros.
@@ -246,9 +335,14 @@ fn cow__resize() {
     let (scratch, _) = make(4);
     let run = |words: &str| native(&scratch).words(words);
     run("convert -f raw -O cow disk.raw base.cow").ok();
-    run(&format!("create -f cow -b base.cow -F cow top.cow {}", SIZE - (1 << 20))).ok();
+    run(&format!(
+        "create -f cow -b base.cow -F cow top.cow {}",
+        SIZE - (1 << 20)
+    ))
+    .ok();
     oracle::io(scratch.join("disk.raw"), "raw", ["write -P 7 1M 300k"]);
-    let expected = || std::fs::read(scratch.join("disk.raw")).unwrap()[..(SIZE - (1 << 20)) as usize].to_vec();
+    let expected =
+        || std::fs::read(scratch.join("disk.raw")).unwrap()[..(SIZE - (1 << 20)) as usize].to_vec();
     std::fs::write(scratch.join("part.raw"), expected()).unwrap();
     run("convert -n -f raw -O cow part.raw top.cow").ok();
     let mut disk = expected();
@@ -266,7 +360,9 @@ fn cow__resize() {
         ("6000000", false),
     ] {
         let before = inode();
-        let (shrink, size) = size.split_once(' ').map_or(("", size), |(option, size)| (option, size));
+        let (shrink, size) = size
+            .split_once(' ')
+            .map_or(("", size), |(option, size)| (option, size));
         let done = native(&scratch)
             .args(["resize", "-q"])
             .args((!shrink.is_empty()).then_some(shrink))
@@ -277,12 +373,16 @@ fn cow__resize() {
         disk.resize(info["virtual-size"].as_u64().unwrap() as usize, 0);
         std::fs::write(scratch.join("expected.raw"), &disk).unwrap();
         assert_eq!(info["backing-filename"], "base.cow");
-        assert_eq!(reads(&scratch, "top.cow"), hash::sha256_file(scratch.join("expected.raw")), "{size}");
+        assert_eq!(
+            reads(&scratch, "top.cow"),
+            hash::sha256_file(scratch.join("expected.raw")),
+            "{size}"
+        );
         sound(&scratch, "top.cow");
     }
     assert_eq!(disk.len(), 6_000_128, "up to a sector");
     // What a file has as holes stays holes, and what it cannot have is refused.
-    assert!(scratch_blocks(&scratch, "top.cow") < 6_000_000);
+    assert!(allocated(scratch.join("top.cow")) < 6_000_000);
     for (words, text) in [
         ("resize top.cow 9T", "must be 512 to 8796093022208"),
         ("resize --preallocation=full top.cow +1M", "preallocation"),
@@ -303,29 +403,38 @@ fn cow__resize() {
 #[test]
 fn cow__resize_killed() {
     let (scratch, digest) = make(5);
-    native(&scratch).words("convert -f raw -O cow -S 0 disk.raw disk.cow").ok();
+    native(&scratch)
+        .words("convert -f raw -O cow -S 0 disk.raw disk.cow")
+        .ok();
     let names = || {
         let mut names = scratch.names();
         names.retain(|name| !name.ends_with("raw"));
         names
     };
-    let mut sizes = std::collections::BTreeSet::new();
-    for round in 0..12 {
-        // At the start, in the middle, and after it has ended.
-        let delay = std::time::Duration::from_micros(round * 900);
-        let run: Run = native(&scratch).words("resize --shrink -q disk.cow 200M");
-        crate::cow::kill_after(run, delay);
+    let small = std::fs::read(scratch.join("disk.cow")).unwrap();
+    let resize = || native(&scratch).words("resize -q disk.cow 200M");
+    let started = Instant::now();
+    resize().ok();
+    let whole = started.elapsed();
+    let mut stopped = 0;
+    for round in 0..8 {
+        scratch.file("disk.cow", &small);
+        let mut child = resize().spawn();
+        std::thread::sleep(whole * round / 8);
+        child.kill().expect("kill it");
+        stopped += u32::from(!child.wait_with_output().expect("wait").status.success());
         let info = native(&scratch).words("info --output=json disk.cow").ok().json();
         let size = info["virtual-size"].as_u64().unwrap();
         assert!(size == SIZE || size == 200 << 20, "{size}");
         assert_eq!(names(), ["disk.cow"]);
         sound(&scratch, "disk.cow");
-        sizes.insert(size);
+        native(&scratch)
+            .words("resize --shrink -q disk.cow")
+            .arg(SIZE.to_string())
+            .ok();
+        assert_eq!(reads(&scratch, "disk.cow"), digest);
     }
-    native(&scratch).words("resize --shrink -q disk.cow 200M").ok();
-    native(&scratch).words(&format!("resize --shrink -q disk.cow {SIZE}")).ok();
-    assert_eq!(reads(&scratch, "disk.cow"), digest);
-    assert!(!sizes.is_empty());
+    assert!(stopped > 0);
 }
 
 /// The policy for names inside images holds, and a name is a path whatever it looks like.
@@ -336,9 +445,14 @@ fn cow__names_are_followed_by_policy_only() {
         let done = native(&scratch).words(words).finish().expect(1);
         assert!(done.err().contains(text), "{words}: {done}");
     };
-    native(&scratch).words("create -f cow -b disk.raw -F raw top.cow").ok();
+    native(&scratch)
+        .words("create -f cow -b disk.raw -F raw top.cow")
+        .ok();
     assert_eq!(reads(&scratch, "top.cow"), digest);
-    fails("map --untrusted top.cow", "does not name the format of its backing file");
+    fails(
+        "map --untrusted top.cow",
+        "does not name the format of its backing file",
+    );
     let rename = |name: &str| {
         let mut field = name.as_bytes().to_vec();
         field.resize(1024, 0);
@@ -347,7 +461,10 @@ fn cow__names_are_followed_by_policy_only() {
     rename("nbd:localhost:10809");
     for tool in [native(&scratch), ours(&scratch)] {
         let done = tool.words("map -f cow top.cow").finish().expect(1);
-        assert!(done.err().contains("./nbd:localhost:10809"), "{done}");
+        assert!(
+            done.err().contains("nbd:localhost:10809': No such file"),
+            "{done}"
+        );
     }
     std::fs::rename(scratch.join("disk.raw"), scratch.join("nbd:localhost:10809")).unwrap();
     assert_eq!(reads(&scratch, "top.cow"), digest);

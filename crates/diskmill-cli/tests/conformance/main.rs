@@ -8,6 +8,7 @@ mod agree;
 mod amend;
 mod chains;
 mod compact;
+mod cow;
 mod devices;
 mod disk;
 mod golden;

@@ -37,7 +37,7 @@ impl From<ChangeError> for Error {
 }
 
 /// Bytes of a name, without the NUL, that fit into the first sector of the file.
-const IN_FIRST: usize = (SECTOR - NAME_AT) as usize - 1;
+const IN_FIRST: usize = 503;
 
 impl Image {
     /// The header of the disk with another size, which is rounded up to a sector.
@@ -209,4 +209,5 @@ impl Image {
     }
 }
 
+const _: () = assert!(NAME_AT + IN_FIRST as u64 + 1 == SECTOR, "a NUL ends the sector");
 const _: () = assert!(MTIME_AT == 2 * SECTOR + 8, "the time follows the name");

@@ -273,7 +273,7 @@ impl LayerMut for Image {
             if len == 0 || (bare && !self.are_stored(sectors(part.start, len))?) {
                 return Ok(());
             }
-            let zeros = [0; SECTOR as usize];
+            let zeros = [0; 512];
             let zeros = usize::try_from(len).ok().and_then(|len| zeros.get(..len));
             self.write_held(part.start, zeros.unwrap_or_default(), below)
         };

@@ -6,4 +6,5 @@
 mod cuts;
 mod failing;
 mod operations;
+mod rewrite;
 mod world;
