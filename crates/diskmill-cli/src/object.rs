@@ -1,11 +1,9 @@
 //! `--object`: secrets, and other things that options refer to by their ids.
 
-mod base64;
-
 use std::collections::BTreeMap;
 
 use diskmill::spec::{SpecError, parse_json};
-use diskmill_core::{Secret, SecretError, Secrets};
+use diskmill_core::{Secret, SecretError, Secrets, decode_base64};
 use diskmill_formats::crypt::wrapped::{self, WrapError};
 
 use crate::compat::{reason, texts};
@@ -298,7 +296,7 @@ impl Parts {
         let iv = self
             .iv
             .ok_or_else(|| Failure::usage("IV is required to decrypt secret"))?;
-        let iv = base64::decode(iv.as_bytes()).map_err(Failure::usage)?;
+        let iv = from_base64(iv.as_bytes())?;
         let wrapped = plain(bytes, self.base64)?;
         wrapped::unwrap(key.as_bytes(), iv.as_bytes(), wrapped.as_bytes().to_vec())
             .map_err(|error| wrap_failure(&error))
@@ -308,9 +306,13 @@ impl Parts {
 fn plain(bytes: Vec<u8>, is_base64: bool) -> Result<Secret, Failure> {
     let given = Secret::new(bytes);
     match is_base64 {
-        true => base64::decode(given.as_bytes()).map_err(Failure::usage),
+        true => from_base64(given.as_bytes()),
         false => Ok(given),
     }
+}
+
+fn from_base64(text: &[u8]) -> Result<Secret, Failure> {
+    decode_base64(text).map_err(|error| Failure::usage(error.to_string()))
 }
 
 fn unreadable(path: &str, error: &std::io::Error) -> String {

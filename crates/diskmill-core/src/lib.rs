@@ -11,6 +11,7 @@
 //! Data flows one way: storage, then format layer, then chain, then operation, then front end.
 #![forbid(unsafe_code)]
 
+mod base64;
 mod bitmaps;
 mod builder;
 mod chain;
@@ -29,6 +30,7 @@ mod snapshots;
 mod storage;
 mod units;
 
+pub use base64::{Base64Error, decode_base64};
 pub use bitmaps::{BitmapError, Bitmaps, DirtyRuns, NewBitmap};
 pub use builder::{
     Builder, Durability, EncodedKind, Encoder, Finish, QueuedWrite, Run, Sealer, Stored, Writes,

@@ -10,6 +10,7 @@ pub mod hash;
 pub mod kdf;
 pub mod legacy;
 pub mod luks;
+pub mod luks2;
 mod random;
 mod sector;
 pub mod wrapped;

@@ -32,6 +32,8 @@ pub struct SectorCipher {
     essiv: Option<Box<dyn BlockCipher>>,
     /// Bytes of a sector.
     sector_len: usize,
+    /// The number of the sector that callers call 0.
+    base: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -74,7 +76,14 @@ impl SectorCipher {
             tweak,
             essiv,
             sector_len,
+            base: 0,
         })
+    }
+
+    /// The same cipher where the sector that callers call 0 has the number `base`.
+    #[must_use]
+    pub(super) fn counting_from(self, base: u64) -> Self {
+        Self { base, ..self }
     }
 
     /// Which cipher it is.
@@ -138,7 +147,7 @@ impl SectorCipher {
         buf: &'a mut [u8],
     ) -> impl Iterator<Item = (Vectors, &'a mut [u8])> {
         let step = (self.sector_len / SMALLEST) as u64;
-        let mut number = first_sector;
+        let mut number = first_sector.wrapping_add(self.base);
         buf.chunks_mut(BATCH).map(move |batch| {
             let count = batch.len() / self.sector_len;
             let mut vectors = Vectors {

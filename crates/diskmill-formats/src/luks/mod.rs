@@ -16,6 +16,7 @@ mod create;
 mod layer;
 mod map;
 mod options;
+mod v2;
 mod write;
 
 pub use layer::LuksLayer;
@@ -63,7 +64,14 @@ impl Driver for Luks {
         if let Some((name, _)) = how.options.iter().find(|(name, _)| *name != KEY_SECRET) {
             return Err(OptionError::Unknown(name.to_owned()).into());
         }
-        Ok(Box::new(LuksImage::parse(main.as_ref(), how)?))
+        match LuksImage::parse(main.as_ref(), how) {
+            Ok(image) => Ok(Box::new(image)),
+            // Never probed as ours, as qemu-img does not either; but who says that it is one may read it.
+            Err(error) if error.find() == Some(&LuksError::Version(2)) => {
+                Ok(Box::new(v2::Luks2Image::parse(main.as_ref(), how)?))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn options(&self) -> &'static [OptionSpec] {

@@ -1,6 +1,7 @@
 //! Encrypted disks, ours and others': headers, keys and contents, with qemu and cryptsetup as judges.
 
 mod hostile;
+mod luks2;
 mod qemu;
 mod slots;
 

@@ -33,6 +33,7 @@ pub use layout::MAGIC;
 use layout::{HEADER_LEN, HEADER_SECTORS, STRIPES};
 pub use slots::{SlotChange, change_slots};
 pub use unlock::VolumeKey;
+pub(super) use unlock::same;
 
 /// Where a LUKS header is, and what has to be behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,21 +1,33 @@
 //! Base64, as QEMU reads it: the usual alphabet and line ends, and what is wrong with the end of a text is overlooked.
 
-use diskmill_core::Secret;
+use crate::Secret;
+
+/// What is wrong with a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Base64Error {
+    /// A byte of zero, which no text has.
+    #[error("Base64 data contains embedded NUL characters")]
+    Nul,
+    /// A sign that is none of Base64.
+    #[error("Base64 data contains invalid characters")]
+    Sign,
+}
 
 /// The bytes that `text` stands for.
 ///
 /// Four signs make three bytes; `=` counts as zero bits, and takes away the bytes that only it has made. A rest of fewer
 /// than four signs is left out.
-pub(super) fn decode(text: &[u8]) -> Result<Secret, &'static str> {
+pub fn decode_base64(text: &[u8]) -> Result<Secret, Base64Error> {
     if text.contains(&0) {
-        return Err("Base64 data contains embedded NUL characters");
+        return Err(Base64Error::Nul);
     }
     // Never grows, so that no copy stays behind.
     let mut out = Vec::with_capacity(text.len());
     let (mut bits, mut signs) = (0_u32, 0);
     let mut last = 0;
     for &sign in text.iter().filter(|sign| **sign != b'\n') {
-        let value = value(sign).ok_or("Base64 data contains invalid characters")?;
+        let value = value(sign).ok_or(Base64Error::Sign)?;
         bits = bits << 6 | u32::from(value);
         let before_last = std::mem::replace(&mut last, sign);
         signs += 1;
@@ -49,7 +61,7 @@ mod tests {
 
     #[test]
     fn text_becomes_bytes() {
-        let bytes = |text: &str| decode(text.as_bytes()).unwrap().as_bytes().to_vec();
+        let bytes = |text: &str| decode_base64(text.as_bytes()).unwrap().as_bytes().to_vec();
         for (text, plain) in [
             ("", &b""[..]),
             ("cHcx", b"pw1"),
@@ -66,8 +78,8 @@ mod tests {
             assert_eq!(bytes(text), plain, "{text:?}");
         }
         for text in ["!!!!", "cH cx", "cHcx\r\n", "cH-_"] {
-            assert!(decode(text.as_bytes()).is_err(), "{text:?}");
+            assert!(decode_base64(text.as_bytes()).is_err(), "{text:?}");
         }
-        assert!(decode(b"cHcx\0").is_err());
+        assert!(decode_base64(b"cHcx\0").is_err());
     }
 }
