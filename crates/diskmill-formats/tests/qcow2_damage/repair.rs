@@ -270,6 +270,20 @@ fn random_damage_ends_sound() {
     }
 }
 
+#[test]
+fn the_flag_of_a_table_that_is_not_there_is_cleared() {
+    let victim = Victim::with_snapshot("");
+    for table in [victim.l1(), victim.u64(victim.snapshot_table())] {
+        victim.set(table + 8, 1 << 63);
+        assert_eq!(numbers(&check(&victim.path).unwrap()), (1, 0, 0));
+        assert_ne!(super::theirs(&victim.path), (0, 0, 0));
+        let report = repair(&victim.path, Repair::All).unwrap();
+        assert_eq!(numbers(&report), (0, 0, 0), "{report:#?}");
+        assert_sound(&victim.path, "a flag alone");
+        assert_eq!(victim.u64(table + 8), 0);
+    }
+}
+
 /// A cut in the middle of a repair: what is left is repaired to the same.
 #[test]
 fn a_repair_that_was_stopped_is_repeated() {

@@ -209,6 +209,15 @@ impl Survey {
             });
         }
         let table = entry.offset();
+        if table == HostOffset::ZERO && entry.copied() {
+            // Nothing reads it, but QEMU's check takes the header for the table.
+            notes.corruption(weight, entry_at, None, || {
+                format!(
+                    "{what}: entry {index} is {:#018x}, the copied flag is set and there is no l2 table",
+                    entry.0
+                )
+            });
+        }
         if table == HostOffset::ZERO
             || !ground.refer(
                 &self.references,

@@ -166,10 +166,7 @@ impl<'a> Mender<'a> {
     /// An L1 entry: dropped, moved to the cluster it points into, or with cleared bits.
     fn l1(&self, entry: L1Entry) -> L1Entry {
         let at = entry.offset();
-        if at == HostOffset::ZERO {
-            return if entry.reserved() == 0 { entry } else { L1Entry(0) };
-        }
-        if self.doomed.contains(&at.get()) || at.get() >= self.file_len {
+        if at == HostOffset::ZERO || self.doomed.contains(&at.get()) || at.get() >= self.file_len {
             return L1Entry(0);
         }
         L1Entry::new(at.align_down(self.cluster_size), entry.copied())
