@@ -158,7 +158,13 @@ type Slot = Mutex<Option<(usize, Arc<[u8]>)>>;
 impl TableCache {
     /// A cache for `count` tables of `len` bytes.
     pub fn new(count: usize, len: usize) -> Self {
-        let slots = CACHE_BYTES.checked_div(len).unwrap_or(1).clamp(1, count.max(1));
+        Self::among(count, len, 1)
+    }
+
+    /// The same for one of `parts` of a disk, which hold together what one would.
+    pub fn among(count: usize, len: usize, parts: usize) -> Self {
+        let most = CACHE_BYTES.checked_div(len.saturating_mul(parts)).unwrap_or(1);
+        let slots = most.clamp(1, count.max(1));
         Self {
             slots: (0..slots).map(|_| Mutex::default()).collect(),
         }

@@ -12,10 +12,10 @@ use diskmill_core::{
 
 use super::VmdkImage;
 use super::header::Header;
-use super::layer::{Body, open_parts};
+use super::layer::{Body, in_common, open_parts};
 use super::layout::GRAIN_MARKER_LEN;
 use super::map::{Kind, sector, up};
-use super::sparse::{Dialect, Sparse, read_directory, words};
+use super::sparse::{Dialect, Sparse, is_hole, read_directory, words};
 use super::tables::{Seen, front, overlap};
 
 /// See [`diskmill_core::Parsed::check`].
@@ -44,6 +44,18 @@ type Fix<'a> = Option<(&'a [Arc<dyn StorageMut>], Repair)>;
 fn run(image: &VmdkImage, files: &[Arc<dyn Storage>], fix: Fix<'_>, job: Job<'_>) -> Result<CheckReport> {
     let parts = open_parts(image, files)?;
     let mut report = CheckReport::default();
+    let common = in_common(&parts);
+    let fix = if common.is_some() { None } else { fix };
+    if let Some(text) = common {
+        let finding = Finding {
+            kind: FindingKind::Corruption,
+            text,
+            host: None,
+            guest: None,
+            fixed: false,
+        };
+        report.add(finding, 1);
+    }
     for part in &parts {
         if let Body::Sparse(sparse) = &part.body {
             let storage = match fix {
@@ -195,7 +207,11 @@ impl Check<'_> {
         let len = self.sparse.geometry.table_len();
         let at = (index as u64).saturating_mul(self.sparse.geometry.table_covers());
         let copy_at = redundant.and_then(|list| list.get(index)).copied();
-        let primary = match self.sparse.table_at(index) {
+        let listed = self.sparse.table_at(index);
+        if self.is_untouched(listed, copy_at)? {
+            return Ok(None);
+        }
+        let primary = match listed {
             Some(place) => self.read(place, len)?,
             None => None,
         };
@@ -203,7 +219,6 @@ impl Check<'_> {
             Some(place) if place != 0 => self.read(sector(place.into()), len)?,
             _ => None,
         };
-        let listed = self.sparse.table_at(index);
         match (&primary, &copy, listed, copy_at) {
             (Some(primary_bytes), Some(copy_bytes), Some(_), Some(copy_at)) => {
                 if listed == Some(sector(copy_at.into())) {
@@ -259,6 +274,19 @@ impl Check<'_> {
             }
             _ => Ok(primary),
         }
+    }
+
+    /// Whether a table and its copy, if there are copies, are in two places that nobody has written to yet.
+    fn is_untouched(&self, listed: Option<HostOffset>, copy: Option<u32>) -> Result<bool> {
+        let copy = copy.map(|at| sector(at.into()));
+        let len = self.sparse.geometry.table_len();
+        for at in [listed.or(Some(HostOffset::ZERO)), copy].into_iter().flatten() {
+            let there = at != HostOffset::ZERO && at.saturating_add(len as u64).get() <= self.sparse.file_len;
+            if !there || !is_hole(&*self.sparse.storage, at, len, self.sparse.file_len)? {
+                return Ok(false);
+            }
+        }
+        Ok(copy != listed)
     }
 
     /// Whether two tables, or a table and a directory or the header, have a sector in common.

@@ -195,12 +195,14 @@ pub(super) fn zero_from(part: &PartMut, at: u64, below: &Chain) -> Result<()> {
         return Ok(());
     };
     let step = lock(tables).geometry.table_covers().saturating_mul(64).max(1);
+    // What is behind the end of the backing image is zeros anyway.
+    let end = part.len.min(below.virtual_size().saturating_sub(part.start));
     let mut at = at;
-    while at < part.len {
-        let end = at.saturating_add(step).min(part.len);
-        zero_sparse(part, tables, at..end, ZeroHow::MayUnmap, below)?;
+    while at < end {
+        let next = at.saturating_add(step).min(end);
+        zero_sparse(part, tables, at..next, ZeroHow::MayUnmap, below)?;
         lock(tables).write_back()?;
-        at = end;
+        at = next;
     }
     Ok(())
 }

@@ -135,6 +135,20 @@ fn capacity(field: &'static str, sectors: u64) -> Result<u64, HeaderError> {
     }
 }
 
+/// Takes `count` tables from the `room` that all extents of a disk have together.
+pub(super) fn take_tables(room: &mut u64, count: u64) -> Result<(), HeaderError> {
+    let left = room.checked_sub(count).ok_or_else(|| {
+        let all = MOST_TABLES.saturating_sub(*room).saturating_add(count);
+        range(
+            "the number of grain tables of all extents",
+            all,
+            "at most 33554432",
+        )
+    })?;
+    *room = left;
+    Ok(())
+}
+
 /// Tables that a directory must have for a disk of `capacity` sectors; each covers `covers` sectors.
 pub(super) fn table_count(capacity: u64, covers: u64) -> Result<u64, HeaderError> {
     match capacity.div_ceil(covers.max(1)) {

@@ -10,8 +10,8 @@ use zerocopy::FromBytes;
 use zerocopy::byteorder::little_endian::U64;
 
 use super::descriptor::{Access, ExtentKind, ExtentLine};
-use super::header::{Cowd, Header, SeSparse};
-use super::layout::SESPARSE_MAGIC;
+use super::header::{Cowd, Header, SeSparse, take_tables};
+use super::layout::{MOST_TABLES, SESPARSE_MAGIC};
 use super::map::sector;
 use super::sparse::{PlaceError, Sparse, read_header};
 use super::{Shape, VmdkImage, facts};
@@ -72,11 +72,17 @@ pub(super) fn open_parts(image: &VmdkImage, files: &[Arc<dyn Storage>]) -> Resul
         Shape::Text { files: indices } => {
             let mut parts = Vec::with_capacity(image.descriptor.extents.len());
             let mut start = 0_u64;
+            // A file may be that of many extents, each with a directory in memory.
+            let mut room = MOST_TABLES;
+            let count = image.descriptor.extents.len();
             for (index, line) in image.descriptor.extents.iter().enumerate() {
                 let file = indices.get(index).copied().flatten();
                 let storage = file.and_then(|file| files.get(usize::from(file.0)));
-                let part = open_part(line, start, file.zip(storage.cloned()))
+                let mut part = open_part(line, start, file.zip(storage.cloned()), &mut room)
                     .map_err(|error| named(error, index, line))?;
+                if let Body::Sparse(sparse) = part.body {
+                    part.body = Body::Sparse(Box::new(sparse.among(count)));
+                }
                 start = start.saturating_add(part.len);
                 parts.push(part);
             }
@@ -95,7 +101,12 @@ fn explain(error: &Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
-fn open_part(line: &ExtentLine, start: u64, file: Option<(FileIndex, Arc<dyn Storage>)>) -> Result<Part> {
+fn open_part(
+    line: &ExtentLine,
+    start: u64,
+    file: Option<(FileIndex, Arc<dyn Storage>)>,
+    room: &mut u64,
+) -> Result<Part> {
     let len = line.sectors.saturating_mul(SECTOR);
     let mut header = None;
     let body = match (line.kind, file) {
@@ -125,6 +136,7 @@ fn open_part(line: &ExtentLine, start: u64, file: Option<(FileIndex, Arc<dyn Sto
             if found.capacity < line.sectors {
                 return Err(too_small(found.capacity, line.sectors));
             }
+            take_tables(room, found.tables())?;
             let sparse = Sparse::hosted(file, storage, &found, len)?;
             header = Some(found);
             Body::Sparse(Box::new(sparse))
@@ -134,6 +146,7 @@ fn open_part(line: &ExtentLine, start: u64, file: Option<(FileIndex, Arc<dyn Sto
             if found.capacity < line.sectors {
                 return Err(too_small(found.capacity, line.sectors));
             }
+            take_tables(room, found.tables)?;
             Body::Sparse(Box::new(Sparse::cowd(file, storage, &found, len)?))
         }
         (ExtentKind::SeSparse, Some((file, storage))) => {
@@ -141,6 +154,7 @@ fn open_part(line: &ExtentLine, start: u64, file: Option<(FileIndex, Arc<dyn Sto
             if found.capacity < line.sectors {
                 return Err(too_small(found.capacity, line.sectors));
             }
+            take_tables(room, found.tables)?;
             let mut volatile = [0; 512];
             storage.read_at(sector(found.volatile_at), &mut volatile)?;
             SeSparse::check_volatile(&volatile)?;
@@ -160,6 +174,27 @@ fn open_part(line: &ExtentLine, start: u64, file: Option<(FileIndex, Arc<dyn Sto
 fn too_small(found: u64, wanted: u64) -> Error {
     let text = format!("its header says {found} sectors, the descriptor {wanted}");
     Error::new(ErrorKind::Malformed, text).format(Format::Vmdk)
+}
+
+/// Says which two extents have bytes of a file in common, if any do. What is written to one would change the other, and
+/// each would take the same room for its grains.
+pub(super) fn in_common(parts: &[Part]) -> Option<String> {
+    let mut ranges = Vec::new();
+    for (index, part) in parts.iter().enumerate() {
+        let (file, start, len) = match &part.body {
+            Body::Flat { file, at, .. } => (*file, at.get(), part.len),
+            Body::Sparse(sparse) => (sparse.file, 0, u64::MAX),
+            Body::Zero => continue,
+        };
+        ranges.push((file.0, start, start.saturating_add(len), index));
+    }
+    ranges.sort_unstable();
+    ranges.windows(2).find_map(|pair| match pair {
+        [(file, _, end, first), (other, start, _, second)] if file == other && start < end => Some(format!(
+            "extents {first} and {second} are in the same bytes of one file: the image contradicts itself and is only read"
+        )),
+        _ => None,
+    })
 }
 
 /// The first sector of a file.

@@ -162,48 +162,7 @@ fn grow(part: &mut PartMut, len: u64, below: &Chain) -> Result<()> {
     tables.write_back()?;
     let covers = tables.geometry.table_covers().max(1);
     let count = usize::try_from(len.div_ceil(covers)).map_err(|_| full())?;
-    let known = tables.directory.len();
-    if count > known {
-        let moved = sectors_of(count) > sectors_of(known);
-        tables.directory.resize(count, 0);
-        if let Some((_, list)) = &mut tables.redundant {
-            list.resize(count, 0);
-        }
-        if moved {
-            let need = sectors_of(count);
-            let copies: u64 = if tables.redundant.is_some() { 2 } else { 1 };
-            let first = tables.next;
-            let end = first.saturating_add(need.saturating_mul(copies));
-            tables.next = up(end, (tables.geometry.grain / SECTOR).max(1));
-            tables.directory_at = first;
-            if let Some((at, _)) = &mut tables.redundant {
-                *at = first.saturating_add(need);
-            }
-        }
-        for index in known..count {
-            tables.add_table(index)?;
-            if tables.is_full() && !moved {
-                tables.write_back()?;
-            }
-        }
-        if moved {
-            let copies = [
-                Some((tables.directory_at, tables.directory.clone())),
-                tables.redundant.clone(),
-            ];
-            for (at, list) in copies.into_iter().flatten() {
-                let bytes: Vec<u8> = list.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-                tables.storage.write_at(sector(at), &bytes)?;
-            }
-        }
-        tables.write_back()?;
-        let end = tables.next.saturating_mul(SECTOR);
-        if !tables.storage.hints().fixed_len && tables.storage.len()? < end {
-            tables.storage.set_len(end)?;
-        }
-        tables.storage.sync()?;
-        tables.find_ranges();
-    }
+    tables.add_empty(count)?;
     tables.geometry.disk = len;
     drop(tables);
     part.len = len;
@@ -221,10 +180,6 @@ fn grow(part: &mut PartMut, len: u64, below: &Chain) -> Result<()> {
     drop(tables);
     part.header = Some(header);
     Ok(())
-}
-
-fn sectors_of(entries: usize) -> u64 {
-    (entries as u64).saturating_mul(4).div_ceil(SECTOR)
 }
 
 fn shrink(part: &mut PartMut, len: u64) -> Result<()> {
@@ -287,7 +242,7 @@ fn forget_behind(tables: &mut Tables, end: u64) -> Result<()> {
     let mut free = Vec::new();
     while at < limit {
         let (index, _) = tables.geometry.locate(at);
-        if tables.directory.get(index).is_none_or(|entry| *entry == 0) {
+        if tables.is_blank(index, at)? {
             let covers = tables.geometry.table_covers().max(1);
             at = at.saturating_add(covers.saturating_sub(at.checked_rem(covers).unwrap_or(0)));
             continue;

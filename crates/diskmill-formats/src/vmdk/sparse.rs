@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_core::{
-    Error, ErrorKind, Extent, FileIndex, Format, HostOffset, HostSpan, Result, SECTOR, State, Storage,
+    Error, ErrorKind, Extent, FileIndex, Format, HostOffset, HostRun, HostSpan, Result, SECTOR, State,
+    Storage,
 };
 use zerocopy::FromBytes;
 
@@ -318,6 +319,12 @@ impl Sparse {
         }
     }
 
+    /// The same as one of `extents` of a disk, which hold a number of tables together.
+    pub(super) fn among(mut self, extents: usize) -> Self {
+        self.cache = TableCache::among(self.directory.len(), self.geometry.table_len(), extents);
+        self
+    }
+
     /// Whether grains are compressed.
     pub(super) fn is_packed(&self) -> bool {
         matches!(self.dialect, Dialect::Hosted { packed: true, .. })
@@ -336,20 +343,21 @@ impl Sparse {
         })
     }
 
-    /// The bytes of table number `index`, if there is one.
+    /// The bytes of table number `index`, if there is one that says anything.
     pub(super) fn table(&self, index: usize) -> Result<Option<Arc<[u8]>>> {
         let Some(at) = self.table_at(index) else {
             return Ok(None);
         };
         let len = self.geometry.table_len();
-        self.cache
-            .get(index, || {
-                within("a grain table", at, len as u64, self.file_len)?;
-                let mut bytes = vec![0; len];
-                self.storage.read_at(at, &mut bytes)?;
-                Ok(bytes.into())
-            })
-            .map(Some)
+        let bytes = self.cache.get(index, || {
+            if is_hole(&*self.storage, at, len, self.file_len)? {
+                return Ok(Arc::default());
+            }
+            let mut bytes = vec![0; len];
+            self.storage.read_at(at, &mut bytes)?;
+            Ok(bytes.into())
+        })?;
+        Ok(Some(bytes).filter(|bytes| !bytes.is_empty()))
     }
 
     fn run(&self, at: u64, max: u64) -> Result<(Kind, u64)> {
@@ -518,6 +526,13 @@ impl Sparse {
         }
         Ok(())
     }
+}
+
+/// Whether the host knows the table of `len` bytes at `at` as a hole, as it does with most of those of a large disk. Fails
+/// if the table is not within the file.
+pub(super) fn is_hole(storage: &dyn Storage, at: HostOffset, len: usize, file_len: u64) -> Result<bool> {
+    within("a grain table", at, len as u64, file_len)?;
+    Ok(matches!(storage.run_at(at)?, HostRun::Hole(hole) if hole >= len as u64))
 }
 
 /// Reads a directory of `count` sectors at sector `at`.

@@ -5,15 +5,16 @@
 //! names it. The redundant copy gets the same entries at the same time; whoever finds the two different may take either.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
-use diskmill_core::{Error, ErrorKind, Format, HostOffset, Result, SECTOR, StorageMut};
+use diskmill_core::{Error, ErrorKind, Format, HostOffset, Result, SECTOR, StorageMut, ZeroHow};
 
 use super::create::full;
 use super::header::Header;
 use super::layout::COWD_HEADER_LEN;
 use super::map::{Geometry, Kind, sector, up};
-use super::sparse::{Dialect, within, words};
+use super::sparse::{Dialect, is_hole, within, words};
 
 /// Why an extent cannot be written. What it says of itself contradicts itself, and writing could lose data.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -120,7 +121,7 @@ impl Tables {
             self.redundant.as_ref().map(|(at, entries)| (*at, entries)),
         ];
         for (at, entries) in copies.into_iter().flatten() {
-            let sectors = (entries.len() as u64).saturating_mul(4).div_ceil(SECTOR);
+            let sectors = directory_sectors(entries.len());
             ranges.push((at, at.saturating_add(sectors)));
             let beyond = entries
                 .iter()
@@ -171,15 +172,34 @@ impl Tables {
         Ok(self.held.get_mut(&index))
     }
 
-    /// The entries of table `index`, if it is there, as bytes of the file would say them.
+    /// Whether table `index` says nothing of the grain of byte `at`, which is one of its own, and of those behind.
+    pub(super) fn is_blank(&mut self, index: usize, at: u64) -> Result<bool> {
+        let Some(place) = self.directory.get(index).copied().filter(|place| *place != 0) else {
+            return Ok(true);
+        };
+        if !self.held.contains_key(&index) && self.is_hole(place)? {
+            return Ok(true);
+        }
+        let (_, slot) = self.geometry.locate(at);
+        let entries = self.load(index)?;
+        Ok(entries.is_none_or(|entries| entries.iter().skip(slot).all(|entry| *entry == 0)))
+    }
+
+    /// Whether the host knows the table at sector `place` as a hole.
+    fn is_hole(&self, place: u32) -> Result<bool> {
+        let len = self.geometry.table_len();
+        is_hole(&*self.storage, sector(place.into()), len, self.storage.len()?)
+    }
+
+    /// The entries of table `index`, if it is there and says anything, as bytes of the file would say them.
     pub(super) fn bytes(&mut self, index: usize) -> Result<Option<Arc<[u8]>>> {
-        Ok(self.load(index)?.map(|entries| {
-            entries
-                .iter()
-                .flat_map(|entry| entry.to_le_bytes())
-                .collect::<Vec<u8>>()
-                .into()
-        }))
+        match self.directory.get(index).copied() {
+            Some(place) if place != 0 && !self.held.contains_key(&index) && self.is_hole(place)? => {
+                return Ok(None);
+            }
+            _ => {}
+        }
+        Ok(self.load(index)?.map(|entries| to_bytes(entries).into()))
     }
 
     /// What the grain of byte `at` is, as its entry says.
@@ -218,31 +238,101 @@ impl Tables {
     }
 
     /// Gives table `index` a place, in both copies.
-    pub(super) fn add_table(&mut self, index: usize) -> Result<()> {
-        let sectors = self.table_sectors();
-        let takes = |list: &mut Vec<u32>, next: &mut u64| -> Result<(u64, u64)> {
-            let at = *next;
-            let end = at.saturating_add(sectors);
-            let number = u32::try_from(end)
-                .map_err(|_| full())?
-                .saturating_sub(u32::try_from(sectors).map_err(|_| full())?);
-            if let Some(entry) = list.get_mut(index) {
-                *entry = number;
+    fn add_table(&mut self, index: usize) -> Result<()> {
+        let first = self.next;
+        let end = self.place_tables(index..index.saturating_add(1))?;
+        // A range for each table would be looked through for each that comes: they mostly follow one another.
+        match self.ranges.last_mut() {
+            Some(last) if last.1 == first => last.1 = end,
+            Some(last) if last.1 > first => {
+                self.ranges.push((first, end));
+                self.ranges.sort_unstable();
             }
-            *next = end;
-            Ok((at, end))
-        };
-        let mut next = self.next;
-        let mut new = vec![takes(&mut self.directory, &mut next)?];
-        if let Some((_, entries)) = &mut self.redundant {
-            new.push(takes(entries, &mut next)?);
+            _ => self.ranges.push((first, end)),
         }
-        self.next = self.grain_up(next);
-        self.ranges.extend(new);
-        self.ranges.sort_unstable();
         self.held.insert(index, vec![0; self.geometry.entries as usize]);
         self.dirty.insert(index);
         self.unlisted.insert(index);
+        Ok(())
+    }
+
+    /// Puts new places behind the end into the directories, for all tables in `which`. Returns the sector behind them.
+    fn place_tables(&mut self, which: Range<usize>) -> Result<u64> {
+        let sectors = self.table_sectors();
+        let copies: u64 = if self.redundant.is_some() { 2 } else { 1 };
+        let count = which.len() as u64;
+        let end = self
+            .next
+            .saturating_add(count.saturating_mul(copies).saturating_mul(sectors));
+        u32::try_from(end).map_err(|_| full())?;
+        // Each beside its copy, so that a disk that shrinks again leaves none behind the others.
+        let lists = [
+            Some(&mut self.directory),
+            self.redundant.as_mut().map(|(_, list)| list),
+        ];
+        for (copy, list) in (0..).zip(lists.into_iter().flatten()) {
+            let mut next = self.next.saturating_add(sectors.saturating_mul(copy));
+            for entry in list.get_mut(which.clone()).unwrap_or_default() {
+                *entry = u32::try_from(next).map_err(|_| full())?;
+                next = next.saturating_add(sectors.saturating_mul(copies));
+            }
+        }
+        self.next = self.grain_up(end);
+        Ok(end)
+    }
+
+    /// Makes the directories `count` entries long, and gives all new tables places of nothing but zeros. Where the
+    /// directories have no room to grow they move, and the header is to say so. All of that is durable then, and still
+    /// means nothing: the header counts the entries.
+    pub(super) fn add_empty(&mut self, count: usize) -> Result<()> {
+        let known = self.directory.len();
+        if count <= known {
+            return Ok(());
+        }
+        let start = self.next;
+        self.directory.resize(count, 0);
+        if let Some((_, list)) = &mut self.redundant {
+            list.resize(count, 0);
+        }
+        let need = directory_sectors(count);
+        let moved = need > directory_sectors(known);
+        if moved {
+            self.directory_at = self.next;
+            self.next = self.next.saturating_add(need);
+            if let Some((at, _)) = &mut self.redundant {
+                *at = self.next;
+                self.next = self.next.saturating_add(need);
+            }
+            self.next = self.grain_up(self.next);
+        }
+        self.place_tables(known..count)?;
+        let (from, to) = (sector(start), sector(self.next));
+        let have = self.storage.len()?;
+        if self.storage.hints().fixed_len && to.get() > have {
+            let text = format!("the device has {have} bytes, the tables would end at {to}");
+            return Err(Error::new(ErrorKind::NoSpace, text).format(Format::Vmdk));
+        }
+        if have > from.get() {
+            let end = HostOffset::new(have.min(to.get()));
+            self.storage.zero(from..end, ZeroHow::KeepAllocated)?;
+        }
+        if have < to.get() {
+            self.storage.set_len(to.get())?;
+        }
+        self.storage.sync()?;
+        let first = if moved { 0 } else { known };
+        let copies = [
+            Some((self.directory_at, &self.directory)),
+            self.redundant.as_ref().map(|(at, list)| (*at, list)),
+        ];
+        for (at, list) in copies.into_iter().flatten() {
+            let entries = list.get(first..).unwrap_or_default();
+            let bytes = to_bytes(entries);
+            let at = sector(at).plus((first as u64).saturating_mul(4))?;
+            self.storage.write_at(at, &bytes)?;
+        }
+        self.storage.sync()?;
+        self.find_ranges();
         Ok(())
     }
 
@@ -281,7 +371,7 @@ impl Tables {
             let Some(entries) = self.held.get(index) else {
                 continue;
             };
-            let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+            let bytes = to_bytes(entries);
             let copies = [
                 self.directory.get(*index),
                 self.redundant.as_ref().and_then(|(_, list)| list.get(*index)),
@@ -318,12 +408,16 @@ impl Tables {
         let Some(at) = copy.filter(|at| **at != 0).map(|at| sector((*at).into())) else {
             return Ok(());
         };
-        let Some(entries) = self.bytes(index)? else {
+        let len = self.geometry.table_len();
+        if is_hole(&*self.storage, at, len, self.storage.len()?)? && self.is_blank(index, 0)? {
+            return Ok(());
+        }
+        let Some(entries) = self.load(index)?.map(|entries| to_bytes(entries)) else {
             return Ok(());
         };
-        let mut bytes = vec![0; entries.len()];
+        let mut bytes = vec![0; len];
         self.storage.read_at(at, &mut bytes)?;
-        if *bytes != *entries {
+        if bytes != entries {
             self.dirty.insert(index);
         }
         Ok(())
@@ -332,7 +426,7 @@ impl Tables {
     /// Fails if a grain is used twice or lies where tables are: whoever writes such an image may destroy it.
     pub(super) fn demand_sound(&mut self) -> Result<()> {
         let grain = self.grain_sectors();
-        let sectors = (self.directory.len() as u64).saturating_mul(4).div_ceil(SECTOR);
+        let sectors = directory_sectors(self.directory.len());
         let copy = self.redundant.as_ref();
         let places = [Some(self.directory_at), copy.map(|(at, _)| *at)];
         let mut fixed = self.front.clone();
@@ -350,11 +444,10 @@ impl Tables {
         for index in 0..self.directory.len() {
             let at = match self.directory.get(index).copied() {
                 None | Some(0) => continue,
+                Some(at) if self.is_hole(at)? => continue,
                 Some(at) => sector(at.into()),
             };
-            let len = self.geometry.table_len();
-            within("a grain table", at, len as u64, self.storage.len()?)?;
-            let mut bytes = vec![0; len];
+            let mut bytes = vec![0; self.geometry.table_len()];
             self.storage.read_at(at, &mut bytes)?;
             for entry in bytes.chunks_exact(4) {
                 let Kind::Data(host) = self.dialect.kind(entry)? else {
@@ -395,6 +488,16 @@ impl Tables {
         }
         Ok(())
     }
+}
+
+/// Entries as a file has them.
+fn to_bytes(entries: &[u32]) -> Vec<u8> {
+    entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
+}
+
+/// Sectors of a directory.
+fn directory_sectors(entries: usize) -> u64 {
+    (entries as u64).saturating_mul(4).div_ceil(SECTOR)
 }
 
 /// The sectors of the header and of the descriptor behind it.

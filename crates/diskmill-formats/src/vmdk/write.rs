@@ -14,7 +14,7 @@ use diskmill_core::{
 
 use super::descriptor::{Access, Descriptor, NO_PARENT, is_writable, with_key};
 use super::grains::{write_grains, zero_sparse};
-use super::layer::open_parts;
+use super::layer::{in_common, open_parts};
 use super::layout::MOST_TEXT;
 use super::map::Kind;
 use super::options::{content_id, mix};
@@ -63,6 +63,9 @@ pub(super) fn attach(image: VmdkImage, files: FilesMut, how: &OpenSpec) -> Resul
         .ok_or_else(|| Error::new(ErrorKind::Usage, "an image needs a file"))?;
     let parts = open_parts(&image, &readable)?;
     let facts = facts::of_parts(&image, &parts);
+    if let Some(text) = in_common(&parts) {
+        return Err(Error::new(ErrorKind::Corrupt, text).format(Format::Vmdk));
+    }
     if image.descriptor.tracked {
         return Err(unsupported(
             "writing to a disk whose changes VMware tracks in a further file: it would miss them",

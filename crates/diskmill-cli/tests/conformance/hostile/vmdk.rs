@@ -283,6 +283,38 @@ fn vmdk_text__extents() {
 }
 
 #[test]
+fn vmdk_text__extents_in_the_same_bytes() {
+    for lines in [
+        ["RW 4096 FLAT \"ext.data\" 0", "RW 4096 FLAT \"ext.data\" 4095"],
+        ["RW 2048 SPARSE \"part.vmdk\"", "RW 2048 SPARSE \"part.vmdk\""],
+    ] {
+        let scratch = described("custom", &lines);
+        let part = Image::make("monolithicSparse");
+        std::fs::write(scratch.join("part.vmdk"), &part.bytes).unwrap();
+        assert_fate(&scratch, "bad.vmdk", "vmdk", Fate::Damaged);
+        let before = std::fs::read(scratch.join("part.vmdk")).unwrap();
+        for words in [
+            "convert -n -f raw -O vmdk other.raw bad.vmdk",
+            "compact bad.vmdk",
+            "check --repair all bad.vmdk",
+        ] {
+            let done = run(&scratch, &[], words);
+            assert_ne!(done.code, Some(0), "{done}");
+            let text = format!("{}{}", done.out(), done.err());
+            assert!(
+                text.contains("same bytes of one file") || words.starts_with("compact"),
+                "{done}"
+            );
+        }
+        assert!(std::fs::read(scratch.join("part.vmdk")).unwrap() == before);
+        assert!(std::fs::read(scratch.join("ext.data")).unwrap() == vec![3; 4 << 20]);
+    }
+    let apart = ["RW 4096 FLAT \"ext.data\" 4096", "RW 4096 FLAT \"ext.data\" 0"];
+    let scratch = described("custom", &apart);
+    assert_fate(&scratch, "bad.vmdk", "vmdk", Fate::Opens);
+}
+
+#[test]
 fn vmdk_text__only_zeros_is_a_disk() {
     let scratch = described("custom", &["RW 8192 ZERO"]);
     for front in [&["qemu-img"][..], &[]] {

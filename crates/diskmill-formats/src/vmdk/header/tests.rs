@@ -109,3 +109,14 @@ fn bytes_that_are_changed_at_random_never_panic_and_what_parses_is_whole() {
         let _ = SeSparse::parse(&bytes);
     }
 }
+
+#[test]
+fn extents_share_the_room_for_tables() {
+    let mut room = super::super::layout::MOST_TABLES;
+    take_tables(&mut room, 30_000_000).unwrap();
+    let error = take_tables(&mut room, 4_000_000).unwrap_err();
+    let text = "the number of grain tables of all extents is 34000000, must be at most 33554432";
+    assert_eq!(error.to_string(), text);
+    take_tables(&mut room, 3_554_432).unwrap();
+    assert_eq!(room, 0);
+}
