@@ -2,8 +2,8 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 
 use clap::Args;
-use diskmill::ops::check::{CheckUnsupported, Checked, repair, run};
-use diskmill_core::{CheckReport, FindingKind, Format, Repair};
+use diskmill::ops::check::{CheckUnsupported, Checked, format, repair, run};
+use diskmill_core::{CheckReport, ErrorKind, FindingKind, Format, Repair};
 
 use super::{LookArgs, Run, package};
 use crate::error::{Failure, Frame};
@@ -61,8 +61,18 @@ impl Run for CheckArgs {
         }
         let progress = Progress::begin(ui, Style::None)?;
         let checked = match what {
-            None => run(&request, progress.job()),
-            Some(what) => repair(&request, what, progress.job()),
+            // Opening is for the check to find fault with.
+            Some(what) if !(ui.drop_in() && format(&request).is_ok_and(is_unchecked)) => {
+                repair(&request, what, progress.job())
+            }
+            _ => run(&request, progress.job()),
+        };
+        let checked = match checked {
+            Ok(checked) if ui.drop_in() && is_unchecked(checked.format) => {
+                let error = CheckUnsupported(checked.format);
+                Err(diskmill_core::Error::new(ErrorKind::Unsupported, error))
+            }
+            checked => checked,
         };
         progress.signals().die_if_cancelled(&checked);
         let checked = match checked {
@@ -88,6 +98,11 @@ impl Run for CheckArgs {
         }
         Ok(exit(&checked.report))
     }
+}
+
+/// Whether `qemu-img` has no check of a format that it opens.
+fn is_unchecked(format: Format) -> bool {
+    format == Format::Qcow
 }
 
 fn unsupported(ui: &Ui, error: diskmill_core::Error) -> Failure {

@@ -3,7 +3,7 @@ use std::ffi::OsString;
 use clap::Args;
 use diskmill::open;
 use diskmill::ops::measure::{Source as Measured, run};
-use diskmill_core::{CreateSpec, Error, Measure, OptionError, Options, SecretError, Secrets};
+use diskmill_core::{CreateSpec, Error, Format, Measure, OptionError, Options, SecretError, Secrets};
 
 use super::{LookArgs, Run, driver};
 use crate::error::Failure;
@@ -92,6 +92,10 @@ impl MeasureArgs {
         let mut spec = CreateSpec::default();
         if ui.drop_in() {
             demand_key(format, &options, &secrets)?;
+            if driver.format() == Format::Qcow {
+                let text = "Block driver 'qcow' does not support size measurement";
+                return Err(Failure::refused(text));
+            }
         }
         spec.options = options;
         spec.secrets = secrets;

@@ -5,7 +5,7 @@ use std::io;
 
 use diskmill::open::OpenError;
 use diskmill::spec::SpecError;
-use diskmill_core::{Error, ErrorKind};
+use diskmill_core::{Error, ErrorKind, Format};
 use diskmill_storage::NotADisk;
 
 use super::texts;
@@ -47,6 +47,7 @@ fn open_text(open: &OpenError, name: Option<&str>) -> String {
     match open {
         OpenError::Backing(inner) => format!("Could not open backing file: {}", text(inner, None)),
         OpenError::DataFile(inner) => text(inner, None),
+        OpenError::NotInFormat(Format::Qcow) => "Image not in qcow format".to_owned(),
         OpenError::NotInFormat(format) => format!("Image is not in {format} format"),
         OpenError::NoBacking => "Image does not have a backing file".to_owned(),
         OpenError::NotInChain { name, image } => {

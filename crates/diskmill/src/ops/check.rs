@@ -16,6 +16,12 @@ pub struct Checked {
     pub report: CheckReport,
 }
 
+/// The format of an image, which is opened as for a check.
+pub fn format(request: &OpenRequest) -> Result<Format> {
+    let image = Opener::new(request).understand_top(Access::Read, true)?;
+    Ok(image.driver.format())
+}
+
 /// Puts right what a check finds: space that leaks, or everything. The report says what was done and what is left.
 ///
 /// Fails as [`run`] does, and if the image cannot be repaired that way, of which nothing comes to harm: a repair that is
