@@ -11,6 +11,7 @@ use diskmill::ops::convert::{
 use diskmill::ops::create::CreateError;
 use diskmill::spec::ImageSpec;
 use diskmill_core::{Compression, Durability, ErrorKind, OptionError, Options, WhichSnapshot};
+use diskmill_formats::qcow2::EncryptionError;
 use diskmill_storage::CacheMode;
 
 use super::package::{self, Making};
@@ -566,6 +567,7 @@ fn is_about_the_request(error: &diskmill_core::Error) -> bool {
     create
         || error.find::<ConvertError>().is_some()
         || error.find::<BitmapNotCopied>().is_some()
+        || matches!(error.find(), Some(EncryptionError::Compressed))
         || matches!(error.find::<OptionError>(), Some(OptionError::Unknown(_)))
 }
 

@@ -5,7 +5,8 @@ use diskmill::ops::convert::{BitmapNotCopied, ConvertError};
 use diskmill::ops::create::CreateError;
 use diskmill::ops::resize::{Preallocation, ResizeError};
 use diskmill_core::{BitmapError, Error, OptionError, SecretError};
-use diskmill_formats::qcow2;
+use diskmill_formats::qcow::header::HeaderError;
+use diskmill_formats::{qcow, qcow2};
 
 use super::reason::{capital, text};
 
@@ -44,6 +45,17 @@ pub fn of(error: &Error) -> Option<String> {
     }
     if let Some(bitmap) = error.find::<BitmapError>() {
         return Some(bitmap_text(bitmap));
+    }
+    if let Some(HeaderError::Version(version)) = error.find() {
+        return Some(format!(
+            "qcow (v1) does not support qcow version {version}\nTry the 'qcow2' driver instead."
+        ));
+    }
+    if let Some(qcow) = error.find::<qcow::CreateError>() {
+        return Some(qcow_text(qcow));
+    }
+    if let Some(encryption) = error.find::<qcow2::EncryptionError>() {
+        return Some(encryption_text(encryption));
     }
     if let Some(qcow2) = error.find::<qcow2::options::CreateError>() {
         return Some(qcow2_text(qcow2));
@@ -102,6 +114,33 @@ fn create_text(create: &CreateError) -> String {
         CreateError::SizeTwice => "The image size must be specified only once".to_owned(),
         CreateError::BackingFormatAlone => "Backing format cannot be used without backing file".to_owned(),
         CreateError::SizeTooLarge(_) => "Could not resize file: Invalid argument".to_owned(),
+        other => capital(&other.to_string()),
+    }
+}
+
+fn qcow_text(error: &qcow::CreateError) -> String {
+    use qcow::CreateError;
+    match error {
+        CreateError::Empty => "Image size is too small, cannot be zero length".to_owned(),
+        CreateError::EncryptionFormat(_) => "Unsupported encryption format".to_owned(),
+        CreateError::EncryptionFormatMissing => "Parameter 'encrypt.format' is missing".to_owned(),
+        CreateError::EncryptionTwice => {
+            "'encrypt.format' and its alias 'encryption' can't be used at the same time".to_owned()
+        }
+        other => capital(&other.to_string()),
+    }
+}
+
+fn encryption_text(error: &qcow2::EncryptionError) -> String {
+    use qcow2::EncryptionError;
+    match error {
+        EncryptionError::OtherFormat { found, asked } => {
+            format!("Header reported '{found}' encryption format but options specify '{asked}'")
+        }
+        EncryptionError::NotEncrypted(asked) => {
+            format!("No encryption in image header, but options specified format '{asked}'")
+        }
+        EncryptionError::Compressed => "Compression and encryption not supported at the same time".to_owned(),
         other => capital(&other.to_string()),
     }
 }

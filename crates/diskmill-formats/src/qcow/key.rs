@@ -2,58 +2,34 @@
 
 use std::sync::{Arc, OnceLock};
 
-use diskmill_core::{Error, ErrorKind, Format, OpenSpec, OptionError, Options, Result, Secret, Secrets};
+use diskmill_core::{
+    Error, ErrorKind, Format, OpenSpec, OptionError, Options, Result, Secret, SecretError, Secrets,
+};
 
 use super::header::CryptMethod;
+use super::options::CreateError;
 use crate::crypt::{DataCipher, Numbering, legacy};
+use crate::qcow2::EncryptionError;
 
 /// Option: what an image is encrypted with.
 pub(super) const FORMAT: &str = "encrypt.format";
 /// Option: the id of the secret that is the password.
 pub(super) const KEY_SECRET: &str = "encrypt.key-secret";
 
-/// What is wrong with the encryption of an image, or with what is said of it.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum EncryptionError {
-    /// There is no password.
-    #[error("Parameter 'encrypt.key-secret' is required for cipher")]
-    KeyMissing,
-    /// The image is encrypted otherwise.
-    #[error("Header reported 'aes' encryption format but options specify '{0}'")]
-    OtherFormat(String),
-    /// The image is not encrypted.
-    #[error("No encryption in image header, but options specified format '{0}'")]
-    NotEncrypted(String),
-    /// An encryption that the format has not.
-    #[error("Unsupported encryption format")]
-    Unsupported,
-    /// A password without saying what for.
-    #[error("Parameter 'encrypt.format' is missing")]
-    FormatMissing,
-    /// The same said twice.
-    #[error("'encrypt.format' and its alias 'encryption' can't be used at the same time")]
-    Twice,
-    /// Compressed clusters cannot be encrypted.
-    #[error("Compression and encryption not supported at the same time")]
-    Compressed,
-}
-
-impl From<EncryptionError> for Error {
-    fn from(error: EncryptionError) -> Self {
-        let kind = match error {
-            EncryptionError::Compressed => ErrorKind::Unsupported,
-            _ => ErrorKind::Usage,
-        };
-        Error::new(kind, error).format(Format::Qcow)
-    }
-}
-
 /// The key of one image.
 #[derive(Debug)]
 pub(super) struct Key {
     secrets: Secrets,
     cipher: OnceLock<Arc<DataCipher>>,
+}
+
+/// What cannot be done with the encryption of an image.
+pub(super) fn refuse(error: EncryptionError) -> Error {
+    let kind = match error {
+        EncryptionError::Compressed => ErrorKind::Unsupported,
+        _ => ErrorKind::Usage,
+    };
+    Error::new(kind, error).format(Format::Qcow)
 }
 
 fn cipher(secret: &Secret) -> Result<Arc<DataCipher>> {
@@ -78,11 +54,12 @@ impl Key {
         let said = how.options.text(FORMAT);
         match (method, said) {
             (CryptMethod::None, Some(said)) => {
-                return Err(EncryptionError::NotEncrypted(said.to_owned()).into());
+                return Err(refuse(EncryptionError::NotEncrypted(said.to_owned())));
             }
             (CryptMethod::None, None) => return Ok(None),
             (CryptMethod::Aes, Some(said)) if said != "aes" => {
-                return Err(EncryptionError::OtherFormat(said.to_owned()).into());
+                let asked = said.to_owned();
+                return Err(refuse(EncryptionError::OtherFormat { found: "aes", asked }));
             }
             (CryptMethod::Aes, _) => {}
         }
@@ -97,12 +74,12 @@ impl Key {
         Ok(Some(key))
     }
 
-    /// What data is encrypted with. An error with [`EncryptionError::KeyMissing`] if nobody says a password.
+    /// What data is encrypted with. An error with [`SecretError::Missing`] if nobody says a password.
     pub(super) fn get(&self) -> Result<&Arc<DataCipher>> {
         if let Some(known) = self.cipher.get() {
             return Ok(known);
         }
-        let secret = self.secrets.find(None)?.ok_or(EncryptionError::KeyMissing)?;
+        let secret = self.secrets.find(None)?.ok_or(SecretError::Missing(KEY_SECRET))?;
         let found = cipher(&secret)?;
         Ok(self.cipher.get_or_init(|| found))
     }
@@ -112,12 +89,12 @@ impl Key {
 pub(super) fn for_new(options: &Options, secrets: &Secrets) -> Result<Option<Arc<DataCipher>>> {
     let (format, id) = (options.text(FORMAT), options.text(KEY_SECRET));
     match (format, options.text("encryption"), options.bool("encryption")?) {
-        (Some(_), Some(_), Some(true)) => return Err(EncryptionError::Twice.into()),
+        (Some(_), Some(_), Some(true)) => return Err(CreateError::EncryptionTwice.into()),
         (Some("aes"), _, _) | (None, _, Some(true)) => {}
-        (Some(_), _, _) => return Err(EncryptionError::Unsupported.into()),
-        (None, _, _) if id.is_some() => return Err(EncryptionError::FormatMissing.into()),
+        (Some(other), _, _) => return Err(CreateError::EncryptionFormat(other.to_owned()).into()),
+        (None, _, _) if id.is_some() => return Err(CreateError::EncryptionFormatMissing.into()),
         (None, _, _) => return Ok(None),
     }
-    let secret = secrets.find(id)?.ok_or(EncryptionError::KeyMissing)?;
+    let secret = secrets.find(id)?.ok_or(SecretError::Missing(KEY_SECRET))?;
     cipher(&secret).map(Some)
 }

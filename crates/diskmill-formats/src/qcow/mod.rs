@@ -25,7 +25,6 @@ mod resize;
 mod tables;
 mod write;
 
-pub use key::EncryptionError;
 pub use layer::QcowLayer;
 pub use options::CreateError;
 

@@ -7,11 +7,12 @@ use diskmill_core::{
 };
 
 use super::header::{CryptMethod, Header, check_size};
-use super::key::{self, EncryptionError};
+use super::key;
 use super::layout::{BACKING_NAME_MAX, HEADER_LEN};
 use super::map::Geometry;
 use crate::codec::Codec;
 use crate::crypt::DataCipher;
+use crate::qcow2::EncryptionError;
 
 const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> OptionSpec {
     OptionSpec {
@@ -45,11 +46,20 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
 #[non_exhaustive]
 pub enum CreateError {
     /// A disk without a byte: the format cannot say that.
-    #[error("Image size is too small, cannot be zero length")]
+    #[error("size is 0, must be at least 1")]
     Empty,
     /// A name the header has no room for.
     #[error("the name of the backing file has {0} bytes, must have 1 to 1023")]
     BackingName(usize),
+    /// An encryption that the format has not.
+    #[error("encrypt.format is '{0}', must be aes")]
+    EncryptionFormat(String),
+    /// A password without saying what for.
+    #[error("encrypt.key-secret needs encrypt.format")]
+    EncryptionFormatMissing,
+    /// The encryption in both spellings.
+    #[error("encryption is the old spelling of encrypt.format, and cannot be given with it")]
+    EncryptionTwice,
 }
 
 impl From<CreateError> for Error {
@@ -111,7 +121,7 @@ impl Plan {
             header.crypt = CryptMethod::Aes;
         }
         let codec = match spec.compression {
-            Some(_) if cipher.is_some() => return Err(EncryptionError::Compressed.into()),
+            Some(_) if cipher.is_some() => return Err(key::refuse(EncryptionError::Compressed)),
             Some(how) => Some(Codec::deflate(how.level, geometry.cluster_size())?),
             None => None,
         };

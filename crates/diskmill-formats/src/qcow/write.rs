@@ -17,7 +17,7 @@ use diskmill_core::{
 };
 
 use super::header::Header;
-use super::key::{EncryptionError, Key};
+use super::key::{Key, refuse};
 use super::layer::{decoders, read_data, within};
 use super::map::{Geometry, L2Entry};
 use super::options::check_name;
@@ -26,6 +26,7 @@ use crate::codec::{Decoders, PackedSpan};
 use crate::crypt::DataCipher;
 use crate::flight::{Flight, Flights, Hold};
 use crate::preallocation::zeros;
+use crate::qcow2::EncryptionError;
 use crate::tree::{Kind, reads_zero, up};
 
 /// A qcow image open for changing in place.
@@ -320,7 +321,7 @@ impl Image {
     /// Stores a compressed cluster.
     fn write_packed(&self, at: GuestOffset, bytes: &[u8]) -> Result<()> {
         if self.key.is_some() {
-            return Err(EncryptionError::Compressed.into());
+            return Err(refuse(EncryptionError::Compressed));
         }
         let (len, cluster_size) = (bytes.len() as u64, self.geometry.cluster_size());
         let size = self.size.load(Ordering::Acquire);
@@ -478,7 +479,7 @@ impl LayerMut for Image {
 
     fn encoder(&self) -> Result<Box<dyn Encoder>> {
         match self.key {
-            Some(_) => Err(EncryptionError::Compressed.into()),
+            Some(_) => Err(refuse(EncryptionError::Compressed)),
             None => Ok(Box::new(self.decoders.encoder()?)),
         }
     }

@@ -1,7 +1,11 @@
 //! Passwords: whoever has none learns it when data is wanted, and not before.
 
-use diskmill_core::{Chain, CreateSpec, Driver, GuestOffset, OpenSpec, Options, Result, Role, Secret, State};
-use diskmill_formats::qcow::{self, EncryptionError};
+use diskmill_core::{
+    Chain, CreateSpec, Driver, GuestOffset, OpenSpec, Options, Result, Role, Secret, SecretError, State,
+};
+use diskmill_formats::{qcow, qcow2};
+use qcow::CreateError;
+use qcow2::EncryptionError;
 
 use super::images;
 use super::support::disk;
@@ -12,12 +16,11 @@ fn open(file: &[u8], how: &OpenSpec) -> Result<std::sync::Arc<dyn diskmill_core:
     parsed.attach_mut(vec![(Role::Main, file)], how)
 }
 
-fn why(found: diskmill_core::Error) -> EncryptionError {
-    found
-        .find::<EncryptionError>()
-        .unwrap_or_else(|| panic!("{found:?}"))
-        .clone()
+fn why<T: std::error::Error + Clone + 'static>(found: diskmill_core::Error) -> T {
+    found.find::<T>().unwrap_or_else(|| panic!("{found:?}")).clone()
 }
+
+const MISSING: SecretError = SecretError::Missing("encrypt.key-secret");
 
 #[test]
 fn without_a_password_only_tables_are_looked_at() {
@@ -30,12 +33,9 @@ fn without_a_password_only_tables_are_looked_at() {
         layer.map(at, 512).expect("map").state,
         State::Encrypted(_)
     ));
-    let missing = EncryptionError::KeyMissing;
-    assert_eq!(why(layer.read_at(at, &mut [0; 512]).unwrap_err()), missing);
-    assert_eq!(
-        why(layer.write_at(at, &[0; 512], &Chain::default()).unwrap_err()),
-        missing
-    );
+    let read = layer.read_at(at, &mut [0; 512]).unwrap_err();
+    let written = layer.write_at(at, &[0; 512], &Chain::default()).unwrap_err();
+    assert_eq!((why(read), why(written)), (MISSING, MISSING));
     assert!(disk::check(&qcow::DRIVER, &image.file).is_ok());
 }
 
@@ -54,11 +54,11 @@ fn what_options_say_must_fit_the_image() {
     assert!(open(&secret.file, "encrypt.format=aes,encrypt.key-secret=s").is_ok());
     assert!(open(&plain.file, "encrypt.key-secret=s").is_ok());
     assert!(matches!(
-        why(open(&secret.file, "encrypt.format=luks").unwrap_err()),
-        EncryptionError::OtherFormat(_)
+        why::<EncryptionError>(open(&secret.file, "encrypt.format=luks").unwrap_err()),
+        EncryptionError::OtherFormat { .. }
     ));
     assert!(matches!(
-        why(open(&plain.file, "encrypt.format=aes").unwrap_err()),
+        why::<EncryptionError>(open(&plain.file, "encrypt.format=aes").unwrap_err()),
         EncryptionError::NotEncrypted(_)
     ));
     assert!(open(&secret.file, "encrypt.key-secret=t").is_err());
@@ -96,26 +96,22 @@ fn new_images_are_encrypted_as_they_are_asked_to_be() {
     ] {
         assert!(ask(good, false).is_ok(), "{good}");
     }
-    for (bad, compress, reason) in [
-        ("encryption=on", false, EncryptionError::KeyMissing),
-        ("encrypt.format=aes", false, EncryptionError::KeyMissing),
+    for bad in ["encryption=on", "encrypt.format=aes"] {
+        assert_eq!(why::<SecretError>(ask(bad, false).unwrap_err()), MISSING, "{bad}");
+    }
+    for (bad, reason) in [
         (
             "encrypt.format=luks,encrypt.key-secret=s",
-            false,
-            EncryptionError::Unsupported,
+            CreateError::EncryptionFormat("luks".to_owned()),
         ),
-        ("encrypt.key-secret=s", false, EncryptionError::FormatMissing),
+        ("encrypt.key-secret=s", CreateError::EncryptionFormatMissing),
         (
             "encryption=on,encrypt.format=aes,encrypt.key-secret=s",
-            false,
-            EncryptionError::Twice,
-        ),
-        (
-            "encrypt.format=aes,encrypt.key-secret=s",
-            true,
-            EncryptionError::Compressed,
+            CreateError::EncryptionTwice,
         ),
     ] {
-        assert_eq!(why(ask(bad, compress).unwrap_err()), reason, "{bad}");
+        assert_eq!(why::<CreateError>(ask(bad, false).unwrap_err()), reason, "{bad}");
     }
+    let both = ask("encrypt.format=aes,encrypt.key-secret=s", true).unwrap_err();
+    assert_eq!(why::<EncryptionError>(both), EncryptionError::Compressed);
 }

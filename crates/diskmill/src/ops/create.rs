@@ -216,7 +216,9 @@ impl Creation {
 
     fn make(self, job: Job<'_>) -> Result<()> {
         job.check()?;
-        if self.backing.is_none() && self.backing_format.is_some() {
+        // Where it is not kept it only says what a name means.
+        let keeps_format = self.driver.format() != Format::Qcow;
+        if self.backing.is_none() && self.backing_format.is_some() && keeps_format {
             return Err(CreateError::BackingFormatAlone.usage());
         }
         let mut spec = CreateSpec::new(whole_sectors(self.virtual_size)?);
