@@ -86,7 +86,7 @@ fn a_disk_grows_over_stray_bits_and_bytes() {
         assert!(data(&file) > 0);
         let end = ((bitmap as u64 + old.div_ceil(8)).div_ceil(512) * 512) as usize;
         file[bitmap + (old / 8) as usize..end].fill(0xff);
-        if old % 8 != 0 {
+        if !old.is_multiple_of(8) {
             let live = image.file[bitmap + (old / 8) as usize] & !(0xff << (old % 8));
             file[bitmap + (old / 8) as usize] = live | 0xff << (old % 8);
         }

@@ -18,6 +18,7 @@ use diskmill_testkit::crash::Effect;
 use diskmill_testkit::scratch::{patch, peek};
 use diskmill_testkit::{Scratch, oracle};
 
+use super::rewrite;
 use super::world::{Operation, Outcome, World};
 
 /// Repairs everything in every image.
@@ -354,6 +355,24 @@ pub const OPERATIONS: &[Operation] = &[
         },
         run: |world| compact(world, Some(Compression::default())),
         outcome: SWITCHES,
+    },
+    Operation {
+        name: "grow a cow image where it is",
+        make: rewrite::make,
+        run: |world| resize(world, 900 << 10, Preallocation::Off),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "commit a cow image",
+        make: rewrite::make,
+        run: |world| commit(world, Base::Next),
+        outcome: SETTLES,
+    },
+    Operation {
+        name: "rebase a cow image to nothing",
+        make: rewrite::make,
+        run: |world| rebase(world, None),
+        outcome: SETTLES,
     },
     Operation {
         name: "repair leaks",

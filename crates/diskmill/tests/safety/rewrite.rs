@@ -17,14 +17,8 @@ use super::world::{Disturber, World};
 const SMALL: u64 = 300 << 10;
 const LARGE: u64 = 9 << 20;
 
-fn request(world: &World, name: &str) -> OpenRequest {
-    let mut request = world.request(name);
-    request.format = Some(if name.ends_with("raw") { "raw" } else { "cow" }.to_owned());
-    request
-}
-
 /// `image`, a cow image with data, over `base.raw`, which is longer.
-fn make(scratch: &Scratch) {
+pub fn make(scratch: &Scratch) {
     let bytes: Vec<u8> = (0..SMALL + 4096).map(|at| (at / 700 % 250) as u8 + 1).collect();
     scratch.file("base.raw", &bytes);
     let mut new = bytes[..SMALL as usize].to_vec();
@@ -43,15 +37,15 @@ fn make(scratch: &Scratch) {
 }
 
 fn resize(world: &World) -> Result<()> {
-    let request = ResizeRequest::new(request(world, "image"), NewSize::To(LARGE));
+    let request = ResizeRequest::new(world.request("image"), NewSize::To(LARGE));
     resize::run(&request, &mut |_| {}).map(drop)
 }
 
 fn disk(world: &World) -> Vec<u8> {
-    let image = open::image(&request(world, "image")).expect("open");
+    let image = open::image(&world.request("image")).expect("open");
     let mut bytes = vec![0; image.chain.virtual_size() as usize];
     image.chain.read_at(GuestOffset::ZERO, &mut bytes).expect("read");
-    let report = check::run(&request(world, "image"), Job::silent())
+    let report = check::run(&world.request("image"), Job::silent())
         .expect("check")
         .report;
     assert_eq!(report.corruptions + report.leaks + report.check_errors, 0);
@@ -104,10 +98,10 @@ fn a_call_that_fails_while_an_image_is_written_anew_leaves_the_old_one() {
 fn an_image_that_is_in_use_is_not_written_anew() {
     let world = World::new(&make);
     let before = world.files();
-    let user = open::image(&request(&world, "image")).expect("somebody reads it");
+    let user = open::image(&world.request("image")).expect("somebody reads it");
     assert_eq!(resize(&world).unwrap_err().kind(), ErrorKind::Locked);
     drop(user);
-    let mut wanted = ResizeRequest::new(request(&world, "image"), NewSize::To(LARGE));
+    let mut wanted = ResizeRequest::new(world.request("image"), NewSize::To(LARGE));
     wanted.preallocation = Preallocation::Falloc;
     assert_eq!(
         resize::run(&wanted, &mut |_| {}).unwrap_err().kind(),
