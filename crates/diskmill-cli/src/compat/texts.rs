@@ -20,6 +20,9 @@ pub fn of(error: &Error) -> Option<String> {
     }
     if let Some(convert) = error.find::<ConvertError>() {
         return Some(match convert {
+            ConvertError::CompressionAndEncryption => {
+                "Compression and encryption not supported at the same time".to_owned()
+            }
             ConvertError::NoCompression(_) => "Compression not supported for this file format".to_owned(),
             ConvertError::BackingWithSeveral => {
                 "Having a backing file for the target makes no sense when concatenating multiple input images"

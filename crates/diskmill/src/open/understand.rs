@@ -159,6 +159,11 @@ impl Understood {
         Ok(Self {
             shown: match &inner {
                 Some(inner) => format!("{}:{}", spec.shown, inner.name),
+                // Which of the two formats that have keys of this name it is shows only now.
+                None if spec.driver.is_none() && driver.format() == Format::Qcow => {
+                    let said = r#""driver": "qcow2""#;
+                    spec.shown.replacen(said, r#""driver": "qcow""#, 1)
+                }
                 None => spec.shown.clone(),
             },
             part: inner.map(|inner| inner.storage),
@@ -201,8 +206,11 @@ fn demand_key(format: Format, how: &OpenSpec) -> Result<()> {
     };
     match how.options.text(option) {
         Some(id) => how.secrets.named(id).map(drop),
-        None if how.secrets.offer(None) => Ok(()),
-        None => Err(SecretError::Missing(option).into()),
+        // Asked for now: later, something else would be on the terminal.
+        None => match how.secrets.find(None)? {
+            Some(_) => Ok(()),
+            None => Err(SecretError::Missing(option).into()),
+        },
     }
 }
 

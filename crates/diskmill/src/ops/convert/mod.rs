@@ -65,6 +65,9 @@ pub enum ConvertError {
     /// The format stores nothing compressed.
     #[error("compression is not supported by format '{0}'")]
     NoCompression(String),
+    /// No format stores data that is both.
+    #[error("compression and encryption are not supported at the same time")]
+    CompressionAndEncryption,
     /// The image to overwrite is too small.
     #[error("the target of {target} bytes is smaller than the source of {source_size} bytes")]
     TargetTooSmall {

@@ -267,6 +267,11 @@ fn outputs(plan: &Plan, driver: &dyn Driver, spec: &mut CreateSpec) -> Result<Ve
     if plan.compress.is_some() && driver.format() == Format::Raw {
         return Err(ConvertError::NoCompression(driver.format().name().to_owned()).unsupported());
     }
+    let encrypted =
+        spec.options.text("encrypt.format").is_some() || spec.options.bool("encryption")? == Some(true);
+    if plan.compress.is_some() && encrypted {
+        return Err(ConvertError::CompressionAndEncryption.usage());
+    }
     spec.compression = plan.compress;
     driver.outputs(spec)
 }
