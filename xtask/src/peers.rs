@@ -38,6 +38,7 @@ const NEEDS: &[Need] = &[
     need("tar", "tar"),
     need("gzip", "gzip"),
     need("xmllint", "libxml2-utils"),
+    need("cryptsetup", "cryptsetup-bin"),
 ];
 
 /// Independent readers of images, from the Python package index.

@@ -5,6 +5,7 @@ use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 
 use super::CryptError;
 use super::cipher::CipherAlg;
+use super::twofish::Twofish;
 
 /// A cipher with a key. Buffers are whole blocks; a rest is left as it is.
 pub(super) trait BlockCipher: Send + Sync {
@@ -31,31 +32,29 @@ impl<C: BlockCipherEncrypt + BlockCipherDecrypt + Send + Sync> BlockCipher for K
 
 /// `alg` with `key`. The key schedule is wiped when it is dropped.
 pub(super) fn keyed(alg: CipherAlg, key: &[u8]) -> Result<Box<dyn BlockCipher>, CryptError> {
-    fn make<C>(alg: CipherAlg, key: &[u8]) -> Result<Box<dyn BlockCipher>, CryptError>
+    fn make<C>(key: &[u8]) -> Option<Box<dyn BlockCipher>>
     where
         C: KeyInit + BlockCipherEncrypt + BlockCipherDecrypt + Send + Sync + 'static,
     {
-        let wrong = || CryptError::KeyLen {
-            cipher: alg.name().to_owned(),
-            len: key.len(),
-        };
-        // Some of these ciphers take further lengths, which no name here stands for.
-        if key.len() != alg.key_len() {
-            return Err(wrong());
-        }
-        let cipher = C::new_from_slice(key).map_err(|_| wrong())?;
-        Ok(Box::new(Keyed(cipher)))
+        Some(Box::new(Keyed(C::new_from_slice(key).ok()?)))
     }
-    match alg {
-        CipherAlg::Aes128 => make::<aes::Aes128>(alg, key),
-        CipherAlg::Aes192 => make::<aes::Aes192>(alg, key),
-        CipherAlg::Aes256 => make::<aes::Aes256>(alg, key),
+    // Some of these ciphers take further lengths, which no name here stands for.
+    let right = key.len() == alg.key_len();
+    let made = match alg {
+        _ if !right => None,
+        CipherAlg::Aes128 => make::<aes::Aes128>(key),
+        CipherAlg::Aes192 => make::<aes::Aes192>(key),
+        CipherAlg::Aes256 => make::<aes::Aes256>(key),
         CipherAlg::Serpent128 | CipherAlg::Serpent192 | CipherAlg::Serpent256 => {
-            make::<serpent::Serpent>(alg, key)
+            make::<serpent::Serpent>(key)
         }
         CipherAlg::Twofish128 | CipherAlg::Twofish192 | CipherAlg::Twofish256 => {
-            make::<twofish::Twofish>(alg, key)
+            Some(Box::new(Twofish::new(key)) as Box<dyn BlockCipher>)
         }
-        CipherAlg::Cast5 => make::<cast5::Cast5>(alg, key),
-    }
+        CipherAlg::Cast5 => make::<cast5::Cast5>(key),
+    };
+    made.ok_or_else(|| CryptError::KeyLen {
+        cipher: alg.name().to_owned(),
+        len: key.len(),
+    })
 }

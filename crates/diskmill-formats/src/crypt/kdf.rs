@@ -77,8 +77,8 @@ fn derive<M: Mac + KeyInit + Clone>(
 ///
 /// The quickest of several short runs: what else the machine is doing at the time must not make the key weaker.
 pub fn rate(hash: HashAlg, out_len: usize, job: Job<'_>) -> Result<u64> {
-    const RUNS: usize = 5;
-    const LONG_ENOUGH: Duration = Duration::from_millis(8);
+    const RUNS: usize = 16;
+    const LONG_ENOUGH: Duration = Duration::from_millis(2);
     let mut out = vec![0; out_len];
     let mut iterations = 1 << 10;
     let mut best = 0;

@@ -13,6 +13,7 @@ pub mod luks;
 pub mod luks2;
 mod random;
 mod sector;
+mod twofish;
 pub mod wrapped;
 
 #[cfg(test)]

@@ -122,8 +122,9 @@ impl SectorCipher {
         match self.spec.mode() {
             CipherMode::Ecb => self.blocks(way, buf),
             CipherMode::Xts => self.xts(way, first_sector, buf),
-            CipherMode::Cbc if way == Way::Encrypt => self.cbc_encrypt(first_sector, buf),
-            CipherMode::Cbc => self.cbc_decrypt(first_sector, buf),
+            CipherMode::Cbc if way == Way::Decrypt => self.cbc_decrypt(first_sector, buf),
+            CipherMode::Cbc if self.block_len() == 8 => self.cbc_encrypt::<8>(first_sector, buf),
+            CipherMode::Cbc => self.cbc_encrypt::<BLOCK>(first_sector, buf),
             CipherMode::Ctr => self.ctr(first_sector, buf),
         }
         Ok(())
@@ -201,30 +202,22 @@ impl SectorCipher {
         }
     }
 
-    fn cbc_encrypt(&self, first_sector: u64, buf: &mut [u8]) {
-        let block_len = self.block_len();
+    fn cbc_encrypt<const LEN: usize>(&self, first_sector: u64, buf: &mut [u8]) {
+        let per_sector = self.sector_len / LEN;
         for (mut vectors, batch) in self.batches(first_sector, buf) {
+            let (blocks, _) = batch.as_chunks_mut::<LEN>();
             // What the next block of each sector is mixed with.
             let chain = vectors.get_mut();
-            let mut at = 0;
-            while at < self.sector_len {
-                let row = at..at.saturating_add(block_len);
-                for (link, sector) in chain
-                    .chunks_exact_mut(block_len)
-                    .zip(batch.chunks_exact(self.sector_len))
-                {
-                    mix(link, sector.get(row.clone()).unwrap_or_default());
+            for row in 0..per_sector {
+                let (links, _) = chain.as_chunks_mut::<LEN>();
+                for (link, block) in links.iter_mut().zip(blocks.iter().skip(row).step_by(per_sector)) {
+                    mix(link, block);
                 }
                 self.data.encrypt(chain);
-                for (link, sector) in chain
-                    .chunks_exact(block_len)
-                    .zip(batch.chunks_exact_mut(self.sector_len))
-                {
-                    if let Some(block) = sector.get_mut(row.clone()) {
-                        block.copy_from_slice(link);
-                    }
+                let (links, _) = chain.as_chunks::<LEN>();
+                for (link, block) in links.iter().zip(blocks.iter_mut().skip(row).step_by(per_sector)) {
+                    *block = *link;
                 }
-                at = row.end;
             }
         }
     }
