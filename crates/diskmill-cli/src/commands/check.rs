@@ -2,8 +2,8 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 
 use clap::Args;
-use diskmill::ops::check::{CheckUnsupported, Checked, format, repair, run};
-use diskmill_core::{CheckReport, ErrorKind, FindingKind, Format, Repair};
+use diskmill::ops::check::{CheckUnsupported, Checked, Reach, repair, run};
+use diskmill_core::{CheckReport, FindingKind, Format, Repair};
 
 use super::{LookArgs, Run, package};
 use crate::error::{Failure, Frame};
@@ -23,7 +23,7 @@ pub struct CheckArgs {
     #[arg(short, long)]
     quiet: bool,
     /// Cache mode of the image (default: writeback)
-    #[arg(short = 'T', long, value_name = "self.cache.as_deref()_MODE")]
+    #[arg(short = 'T', long, value_name = "CACHE")]
     cache: Option<String>,
     /// Put right what is found: only space that leaks (leaks), or everything (all)
     #[arg(short, long, value_name = "leaks|all")]
@@ -60,19 +60,13 @@ impl Run for CheckArgs {
             return package::check(&package, name, json, self.quiet, ui);
         }
         let progress = Progress::begin(ui, Style::None)?;
-        let checked = match what {
-            // Opening is for the check to find fault with.
-            Some(what) if !(ui.drop_in() && format(&request).is_ok_and(is_unchecked)) => {
-                repair(&request, what, progress.job())
-            }
-            _ => run(&request, progress.job()),
+        let reach = match ui.drop_in() {
+            true => Reach::QemuImg,
+            false => Reach::Ours,
         };
-        let checked = match checked {
-            Ok(checked) if ui.drop_in() && is_unchecked(checked.format) => {
-                let error = CheckUnsupported(checked.format);
-                Err(diskmill_core::Error::new(ErrorKind::Unsupported, error))
-            }
-            checked => checked,
+        let checked = match what {
+            None => run(&request, reach, progress.job()),
+            Some(what) => repair(&request, what, reach, progress.job()),
         };
         progress.signals().die_if_cancelled(&checked);
         let checked = match checked {
@@ -98,11 +92,6 @@ impl Run for CheckArgs {
         }
         Ok(exit(&checked.report))
     }
-}
-
-/// Whether `qemu-img` has no check of a format that it opens.
-fn is_unchecked(format: Format) -> bool {
-    format == Format::Qcow
 }
 
 fn unsupported(ui: &Ui, error: diskmill_core::Error) -> Failure {

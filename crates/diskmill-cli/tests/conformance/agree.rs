@@ -79,3 +79,29 @@ mod measure {
         }
     }
 }
+
+mod check {
+    use diskmill_testkit::Scratch;
+
+    use crate::tools::{native, same, theirs};
+
+    #[test]
+    fn formats_that_qemu_img_cannot_check_are_checked_by_our_own_name_alone() {
+        let scratch = Scratch::new();
+        let secret = "--object secret,id=s,data=pw";
+        theirs(&scratch).words("create -q -f qcow old 1M").ok();
+        theirs(&scratch)
+            .words(&format!(
+                "create -q -f luks {secret} -o key-secret=s,iter-time=10 sealed 1M"
+            ))
+            .ok();
+        let sealed = format!("{secret} --image-opts driver=luks,key-secret=s,file.filename=sealed");
+        for image in ["old", "-r all old", &sealed] {
+            same(&scratch, &format!("check {image}"));
+            same(&scratch, &format!("check --output=json {image}"));
+        }
+        for image in ["old", &sealed] {
+            native(&scratch).words(&format!("check {image}")).ok();
+        }
+    }
+}

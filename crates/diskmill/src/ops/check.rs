@@ -16,17 +16,32 @@ pub struct Checked {
     pub report: CheckReport,
 }
 
-/// The format of an image, which is opened as for a check.
-pub fn format(request: &OpenRequest) -> Result<Format> {
-    let image = Opener::new(request).understand_top(Access::Read, true)?;
-    Ok(image.driver.format())
+/// Which formats can be checked at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// All that have anything to check.
+    Ours,
+    /// Not those that `qemu-img` knows and has no check for: a program that calls it may count on being told so.
+    QemuImg,
+}
+
+impl Reach {
+    /// Fails with [`CheckUnsupported`] if there is no check of `format`.
+    fn demand(self, format: Format) -> Result<()> {
+        match (self, format) {
+            (_, Format::Raw) | (Self::QemuImg, Format::Qcow | Format::Luks) => {
+                Err(Error::new(ErrorKind::Unsupported, CheckUnsupported(format)))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Puts right what a check finds: space that leaks, or everything. The report says what was done and what is left.
 ///
 /// Fails as [`run`] does, and if the image cannot be repaired that way, of which nothing comes to harm: a repair that is
 /// stopped at any point can be repeated.
-pub fn repair(request: &OpenRequest, what: Repair, job: Job<'_>) -> Result<Checked> {
+pub fn repair(request: &OpenRequest, what: Repair, reach: Reach, job: Job<'_>) -> Result<Checked> {
     job.check()?;
     let mut opener = Opener::new(request);
     let image = opener.understand_top(Access::Write, true)?;
@@ -38,9 +53,7 @@ pub fn repair(request: &OpenRequest, what: Repair, job: Job<'_>) -> Result<Check
         .try_key(&image, &data)
         .map_err(|error| error.op("open").path(&path))?;
     opener.demand_backing(&image)?;
-    if format == Format::Raw {
-        return Err(Error::new(ErrorKind::Unsupported, CheckUnsupported(format)).path(path));
-    }
+    reach.demand(format).map_err(|error| error.path(&path))?;
     let report = image
         .parsed
         .repair(files, &image.how, what, job)
@@ -56,7 +69,7 @@ pub fn repair(request: &OpenRequest, what: Repair, job: Job<'_>) -> Result<Check
 ///
 /// An error of kind [`ErrorKind::Unsupported`] whose source is [`CheckUnsupported`] if the format has nothing to
 /// check.
-pub fn run(request: &OpenRequest, job: Job<'_>) -> Result<Checked> {
+pub fn run(request: &OpenRequest, reach: Reach, job: Job<'_>) -> Result<Checked> {
     job.check()?;
     let mut opener = Opener::new(request);
     let image = opener.understand_top(Access::Read, true)?;
@@ -68,9 +81,7 @@ pub fn run(request: &OpenRequest, job: Job<'_>) -> Result<Checked> {
         .try_key(&image, &data)
         .map_err(|error| error.op("open").path(&path))?;
     opener.demand_backing(&image)?;
-    if format == Format::Raw {
-        return Err(Error::new(ErrorKind::Unsupported, CheckUnsupported(format)).path(path));
-    }
+    reach.demand(format).map_err(|error| error.path(&path))?;
     let report = image
         .parsed
         .check(files, &image.how, job)

@@ -1,6 +1,6 @@
 //! `qemu-img check --output=json`.
 
-use diskmill::ops::check::{CheckUnsupported, Checked, run};
+use diskmill::ops::check::{CheckUnsupported, Checked, Reach, run};
 use diskmill_core::{ErrorKind, Job};
 use diskmill_testkit::{Scratch, oracle};
 use serde_json::{Value, json};
@@ -38,7 +38,7 @@ fn images_of_every_kind() {
     let mut pictures = gallery::singles(&scratch, 31);
     pictures.extend(gallery::chains(&scratch, 32, 6));
     for picture in pictures.into_iter().filter(|picture| picture.format == "qcow2") {
-        let checked = run(&request(&picture), Job::silent()).unwrap();
+        let checked = run(&request(&picture), Reach::Ours, Job::silent()).unwrap();
         let (theirs, _) = oracle::check(&picture.path, "qcow2");
         assert_eq!(to_json(&checked), theirs, "{picture:?}");
     }
@@ -48,7 +48,12 @@ fn images_of_every_kind() {
 fn raw_has_nothing_to_check() {
     let scratch = Scratch::new();
     let path = scratch.hole("x.raw", 4096);
-    let error = run(&request(&Picture { path, format: "raw" }), Job::silent()).unwrap_err();
+    let error = run(
+        &request(&Picture { path, format: "raw" }),
+        Reach::Ours,
+        Job::silent(),
+    )
+    .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.find::<CheckUnsupported>().is_some());
 }
@@ -67,6 +72,7 @@ fn what_an_image_is_backed_by_must_be_there() {
             path,
             format: "qcow2",
         }),
+        Reach::Ours,
         Job::silent(),
     )
     .unwrap_err();

@@ -25,7 +25,13 @@ use super::world::{Operation, Outcome, World};
 pub fn repair(world: &World) -> Result<()> {
     for name in world.scratch.names() {
         if !name.ends_with("raw") && !name.ends_with("data") {
-            let report = check::repair(&world.request(&name), Repair::All, Job::silent())?.report;
+            let report = check::repair(
+                &world.request(&name),
+                Repair::All,
+                check::Reach::Ours,
+                Job::silent(),
+            )?
+            .report;
             if report.check_errors + report.corruptions + report.leaks > 0 {
                 // What could not be done is in the report, from which the command makes its exit code.
                 let text = format!("{:?}", report.findings.first());

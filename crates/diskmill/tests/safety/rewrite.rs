@@ -45,7 +45,7 @@ fn disk(world: &World) -> Vec<u8> {
     let image = open::image(&world.request("image")).expect("open");
     let mut bytes = vec![0; image.chain.virtual_size() as usize];
     image.chain.read_at(GuestOffset::ZERO, &mut bytes).expect("read");
-    let report = check::run(&world.request("image"), Job::silent())
+    let report = check::run(&world.request("image"), check::Reach::Ours, Job::silent())
         .expect("check")
         .report;
     assert_eq!(report.corruptions + report.leaks + report.check_errors, 0);

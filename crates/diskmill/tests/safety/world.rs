@@ -149,7 +149,7 @@ impl World {
             if name.ends_with("raw") || name.ends_with("data") {
                 continue;
             }
-            let report = check::run(&self.request(&name), Job::silent())?.report;
+            let report = check::run(&self.request(&name), check::Reach::Ours, Job::silent())?.report;
             all.check_errors += report.check_errors;
             all.corruptions += report.corruptions;
             all.leaks += report.leaks;
