@@ -133,6 +133,15 @@ impl Secrets {
         }
     }
 
+    /// Whether there is a secret for an image that names `id`, or names none, or somebody to ask for it. Nobody is
+    /// asked.
+    pub fn offer(&self, id: Option<&str>) -> bool {
+        match id {
+            Some(_) => true,
+            None => self.passphrase.is_some() || self.ask.is_some(),
+        }
+    }
+
     /// The secret for an image that names `id`, or names none: then the passphrase for all such images, or what
     /// somebody says who is asked. `None` if there is nobody to ask.
     pub fn find(&self, id: Option<&str>) -> Result<Option<Secret>> {
@@ -173,6 +182,7 @@ mod tests {
         assert!(missing.find::<SecretError>().is_some());
         assert!(secrets.add("s", Secret::new(Vec::new())).is_err());
         assert!(secrets.add_unfit("s", SecretError::NotText("s".into())).is_err());
+        assert!(secrets.offer(None) && !secrets.only_named().offer(None));
         assert!(secrets.only_named().find(None).unwrap().is_none());
     }
 

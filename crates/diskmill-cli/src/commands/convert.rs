@@ -533,7 +533,16 @@ impl ConvertArgs {
         format: &str,
     ) -> Failure {
         let path = error.context().path.clone();
-        let is = |name: &OsString| path.as_deref().is_some_and(|path| path == Path::new(name));
+        let is = |name: &OsString| {
+            let listed = || {
+                let spec = ImageSpec::from_options(name.to_str()?).ok()?;
+                Some(spec.path().to_owned())
+            };
+            path.as_deref().is_some_and(|path| {
+                let by_options = self.source_image_opts || self.target_image_opts;
+                path == Path::new(name) || by_options && listed().is_some_and(|listed| listed == path)
+            })
+        };
         // A table that is read whole is read while opening.
         let op = error.context().op.unwrap_or_default();
         let opening = op == "open" || op.starts_with("read the ") || error.kind() == ErrorKind::Locked;

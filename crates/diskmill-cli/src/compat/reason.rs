@@ -48,6 +48,7 @@ fn open_text(open: &OpenError, name: Option<&str>) -> String {
         OpenError::Backing(inner) => format!("Could not open backing file: {}", text(inner, None)),
         OpenError::DataFile(inner) => text(inner, None),
         OpenError::NotInFormat(Format::Qcow) => "Image not in qcow format".to_owned(),
+        OpenError::NotInFormat(Format::Luks) => "Volume is not in LUKS format".to_owned(),
         OpenError::NotInFormat(format) => format!("Image is not in {format} format"),
         OpenError::NoBacking => "Image does not have a backing file".to_owned(),
         OpenError::NotInChain { name, image } => {

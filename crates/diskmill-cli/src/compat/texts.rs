@@ -5,6 +5,7 @@ use diskmill::ops::convert::{BitmapNotCopied, ConvertError};
 use diskmill::ops::create::CreateError;
 use diskmill::ops::resize::{Preallocation, ResizeError};
 use diskmill_core::{BitmapError, Error, OptionError, SecretError};
+use diskmill_formats::crypt::luks::LuksError;
 use diskmill_formats::qcow::header::HeaderError;
 use diskmill_formats::{qcow, qcow2};
 
@@ -73,6 +74,9 @@ pub fn of(error: &Error) -> Option<String> {
         return Some(format!(
             "Cannot decrease refcount entry width to {bits} bits: Cluster at offset {at:#x} has a refcount of {count}"
         ));
+    }
+    if let Some(LuksError::PayloadInHeader(_)) = error.find() {
+        return Some("LUKS payload is overlapping with the header".to_owned());
     }
     if let Some(secret) = error.find::<SecretError>() {
         return Some(secret_text(secret));

@@ -188,7 +188,7 @@ fn fits(spec: &ImageSpec, format: Format) -> Result<()> {
         name => name.starts_with("encrypt.") && !matches!(format, Format::Qcow | Format::Qcow2),
     });
     let header = (spec.header.is_some() && format != Format::Luks).then_some("header.filename");
-    match misfit.or(header) {
+    match header.or(misfit) {
         None => Ok(()),
         Some(option) => Err(SpecError::UnknownOption {
             driver: format.name().to_owned(),

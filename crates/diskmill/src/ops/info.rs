@@ -129,6 +129,10 @@ fn describe(opener: &Opener<'_>, image: Understood) -> Result<ImageInfo> {
     } else {
         image.parsed.facts().clone()
     };
+    if let Some(header) = &header {
+        let more = header.actual_size;
+        actual_size = actual_size.zip(more).map(|(sum, more)| sum.saturating_add(more));
+    }
     children.extend(header.map(|info| Child {
         name: "header".to_owned(),
         info,

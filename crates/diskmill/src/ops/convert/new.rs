@@ -264,7 +264,8 @@ fn fill<'a>(plan: &Plan, builder: Box<dyn Builder>, reading: Reading<'a>, job: J
 
 /// The files of the new image, whose `spec` gets what the plan says of compression.
 fn outputs(plan: &Plan, driver: &dyn Driver, spec: &mut CreateSpec) -> Result<Vec<OutputSpec>> {
-    if plan.compress.is_some() && driver.format() == Format::Raw {
+    let packs = matches!(driver.format(), Format::Qcow | Format::Qcow2 | Format::Vmdk);
+    if plan.compress.is_some() && !packs {
         return Err(ConvertError::NoCompression(driver.format().name().to_owned()).unsupported());
     }
     let encrypted =
