@@ -186,8 +186,11 @@ fn qemu_opens_the_slots_made_here() {
         .ok();
 }
 
-/// Each change, what opens the disk before it, and what does afterwards.
-const CHANGES: [(&str, &[&str], &[&str], &[&str]); 5] = [
+/// Passphrases.
+type Names = &'static [&'static str];
+
+/// Each change, what opens the disk all the while, what does only afterwards, and what no more.
+const CHANGES: [(&str, Names, Names, Names); 5] = [
     (
         "state=active,new-secret=two,iter-time=1,keyslot=1",
         &["one", "six"],
