@@ -113,8 +113,8 @@ pub fn print_options(ui: &Ui, driver: &dyn Driver, target: OptionTarget) -> Resu
             "hint for the size of the file's extents, 0 for none",
         ));
     } else {
-        // These are the file's; for raw images preallocation is too.
-        let is_raw = driver.format() == Format::Raw;
+        // These are the file's; for raw images, encrypted or not, preallocation is too.
+        let is_raw = matches!(driver.format(), Format::Raw | Format::Luks);
         lines.retain(|(name, ..)| !matches!(*name, "nocow" | "extent_size_hint"));
         lines.retain(|(name, ..)| !(is_raw && *name == "preallocation"));
     }

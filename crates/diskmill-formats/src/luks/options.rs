@@ -69,7 +69,7 @@ pub(super) static OPTIONS: &[OptionSpec] = &[
         name: preallocation::OPTION,
         kind: OptionKind::Text,
         default: None,
-        help: "Space taken at once: off, falloc or full",
+        help: "Space taken at once: off, metadata (which is none), falloc or full",
     },
     OptionSpec {
         name: "extent_size_hint",
@@ -122,7 +122,8 @@ impl Plan {
         Ok(Self {
             size: size.next_multiple_of(SECTOR),
             end,
-            preallocation: Preallocation::from_options(options, false)?,
+            // There are no tables, but QEMU takes that too.
+            preallocation: Preallocation::from_options(options, true)?,
             nocow: options.bool("nocow")?.unwrap_or(false),
             extent_size_hint: options.size("extent_size_hint")?,
             header,

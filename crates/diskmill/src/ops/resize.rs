@@ -115,7 +115,8 @@ pub fn run(request: &ResizeRequest, warn: &mut dyn FnMut(&OpenWarning)) -> Resul
     }
     let on_device = |file: &Arc<dyn Storage>| file.hints().fixed_len;
     let format = image.top.facts().format;
-    let raw = format == Format::Raw;
+    // An encrypted disk is raw behind its header.
+    let raw = matches!(format, Format::Raw | Format::Luks);
     if format == Format::Qcow2 && !to.is_multiple_of(SECTOR) {
         return refuse(ResizeError::Unaligned(to));
     }

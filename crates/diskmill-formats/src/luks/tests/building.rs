@@ -156,7 +156,7 @@ fn what_makes_no_sense_is_refused() {
         ("cluster_size=1M", "invalid parameter 'cluster_size'"),
         ("cipher-alg=des", "cipher-alg"),
         ("cipher-alg=cast5-128", "cipher mode xts needs blocks of 16 bytes"),
-        ("preallocation=metadata", "off, falloc or full"),
+        ("preallocation=some", "off, metadata, falloc or full"),
         ("key-secret=none", "no secret with id 'none'"),
     ] {
         let found = refused(&spec(SIZE, options));
