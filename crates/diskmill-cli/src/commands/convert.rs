@@ -557,7 +557,13 @@ impl ConvertArgs {
             _ if opening && self.no_create && is(target) => Failure::open(target, error),
             _ if is(target) => converting(error, target, format),
             Some(name) if opening => Failure::open(name, error),
-            _ => Failure::from(error),
+            // What names the file may be a list of options, of which the file is one.
+            _ => match sources {
+                [one] if opening && self.source_image_opts && !self.target_image_opts => {
+                    Failure::open(one, error)
+                }
+                _ => Failure::from(error),
+            },
         }
     }
 }

@@ -75,8 +75,8 @@ pub fn of(error: &Error) -> Option<String> {
             "Cannot decrease refcount entry width to {bits} bits: Cluster at offset {at:#x} has a refcount of {count}"
         ));
     }
-    if let Some(LuksError::PayloadInHeader(_)) = error.find() {
-        return Some("LUKS payload is overlapping with the header".to_owned());
+    if let Some(luks) = error.find::<LuksError>() {
+        return luks_text(luks);
     }
     if let Some(secret) = error.find::<SecretError>() {
         return Some(secret_text(secret));
@@ -97,6 +97,16 @@ pub fn of(error: &Error) -> Option<String> {
         });
     }
     None
+}
+
+/// Where our text says more than the real tool's, which is cut off there.
+fn luks_text(error: &LuksError) -> Option<String> {
+    Some(match error {
+        LuksError::Version(version) => format!("LUKS version {version} is not supported"),
+        LuksError::PayloadInHeader(_) => "LUKS payload is overlapping with the header".to_owned(),
+        LuksError::SlotErased(slot) => format!("Given keyslot {slot} is already erased (inactive) "),
+        _ => return None,
+    })
 }
 
 fn create_text(create: &CreateError) -> String {

@@ -16,6 +16,7 @@ mod guest;
 mod hostile;
 mod interrupt;
 mod locks;
+mod luks;
 mod machines;
 mod matrix;
 mod merging;

@@ -39,7 +39,10 @@ pub(super) fn outputs(spec: &CreateSpec) -> Result<Vec<OutputSpec>> {
 /// See [`Driver::measure`](diskmill_core::Driver::measure).
 pub(super) fn measure(spec: &CreateSpec, _data: Option<&mut dyn DataRuns>) -> Result<Measure> {
     // As in QEMU, a disk that is no whole number of sectors is not rounded up here.
-    let end = Plan::new(spec)?.header.header_len().saturating_add(spec.virtual_size);
+    let end = Plan::new(spec)?
+        .header
+        .header_len()
+        .saturating_add(spec.virtual_size);
     Ok(Measure {
         required: end,
         fully_allocated: end,
