@@ -64,6 +64,9 @@ pub fn of(error: &Error) -> Option<String> {
     if let Some(qcow2) = error.find::<qcow2::options::CreateError>() {
         return Some(qcow2_text(qcow2));
     }
+    if let Some(encryption) = error.find::<qcow2::EncryptionError>() {
+        return Some(encryption_text(encryption));
+    }
     if let Some(qcow2::ResizeError::OldSnapshots) = error.find() {
         return Some("Can't resize a v2 image which has snapshots".to_owned());
     }
@@ -163,6 +166,22 @@ fn encryption_text(error: &qcow2::EncryptionError) -> String {
 }
 
 /// The real tool's words where its text names one rule; ours, which name the value too, elsewhere.
+fn encryption_text(error: &qcow2::EncryptionError) -> String {
+    use qcow2::EncryptionError;
+    match error {
+        EncryptionError::OtherFormat { found, asked } => {
+            format!("Header reported '{found}' encryption format but options specify '{asked}'")
+        }
+        EncryptionError::NotEncrypted(asked) => {
+            format!("No encryption in image header, but options specified format '{asked}'")
+        }
+        EncryptionError::Compressed => COMPRESSED_AND_ENCRYPTED.to_owned(),
+        other => capital(&other.to_string()),
+    }
+}
+
+const COMPRESSED_AND_ENCRYPTED: &str = "Compression and encryption not supported at the same time";
+
 fn qcow2_text(error: &qcow2::options::CreateError) -> String {
     use qcow2::options::CreateError;
     match error {
@@ -180,6 +199,12 @@ fn qcow2_text(error: &qcow2::options::CreateError) -> String {
         CreateError::TooLarge { .. } => {
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)".to_owned()
         }
+        CreateError::NoEncryptFormat(_) => "Parameter 'encrypt.format' is missing".to_owned(),
+        CreateError::NotOfAes(name) => format!("Parameter '{name}' is unexpected"),
+        CreateError::EncryptionTwice => {
+            "'encrypt.format' and its alias 'encryption' can't be used at the same time".to_owned()
+        }
+        CreateError::Exclude("compression", "encryption") => COMPRESSED_AND_ENCRYPTED.to_owned(),
         other => capital(&other.to_string()),
     }
 }
@@ -211,6 +236,7 @@ fn amend_text(error: &qcow2::amend::AmendError) -> String {
         AmendError::NotEncrypted => {
             "Can't amend encryption options - encryption not present".to_owned()
         }
+        AmendError::OldEncryption => "Only LUKS encryption options can be amended".to_owned(),
         AmendError::OldDataFile => "Cannot downgrade an image with a data file".to_owned(),
         AmendError::OldRefcountBits => "compat=0.10 requires refcount_bits=16".to_owned(),
         AmendError::OldSnapshots => "Internal snapshots prevent downgrade of image".to_owned(),

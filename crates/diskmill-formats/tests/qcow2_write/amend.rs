@@ -106,6 +106,15 @@ fn a_power_cut_while_options_change_leaks_at_worst() {
         ),
         ("over raw", &versions),
         ("over longer", &versions),
+        ("aes over raw", &["compat=0.10", "compat=1.1"]),
+        (
+            "luks",
+            &[
+                "encrypt.state=active,encrypt.new-secret=second,encrypt.iter-time=0",
+                "compat=0.10",
+                "compat=1.1,encrypt.state=inactive,encrypt.old-secret=second",
+            ],
+        ),
         (
             "version 2 over raw",
             &["compat=1.1,refcount_bits=64,lazy_refcounts=on"],

@@ -143,7 +143,6 @@ fn a_power_cut_at_any_moment_leaks_at_worst() {
         ("preallocated", false, 100),
         ("lazy", true, 12),
         ("luks snapshot", false, 12),
-        ("luks subclusters", false, 4),
         ("aes snapshot", false, 12),
     ] {
         let image = worn(&images::named(name));

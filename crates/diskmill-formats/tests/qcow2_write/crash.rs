@@ -166,10 +166,25 @@ fn a_power_cut_at_random_leaks_at_worst() {
         "raw data file",
         "over longer",
         "subclusters over raw",
+        "aes snapshot",
+        "aes over raw",
     ] {
         figures += survives(&images::named(name).make(), soak() + soak() / 2);
     }
     figures::tell_cuts(&figures);
+}
+
+/// Each look at it derives a key: one story is enough of what is numbered by the place in the file.
+#[test]
+fn a_power_cut_of_an_image_in_luks_leaks_at_worst() {
+    let kind = images::named("luks snapshot");
+    let image = kind.make();
+    let mut ops = story(&kind, &image, &mut runner(1, kind.size));
+    ops.truncate(12 * soak() as usize);
+    ops.push(Op::Flush);
+    let journal = Journal::new();
+    let tale = play("luks", &image, &ops, &journal);
+    figures::tell_cuts(&tale.survive(&image, Effort::usual(seed())));
 }
 
 #[test]
@@ -331,6 +346,7 @@ fn a_call_that_fails_at_random_corrupts_nothing() {
         "over longer",
         "subclusters over raw",
         "lazy",
+        "aes over raw",
     ] {
         let kind = images::named(name);
         let image = kind.make();

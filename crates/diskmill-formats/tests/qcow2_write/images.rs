@@ -499,6 +499,9 @@ pub fn how() -> OpenSpec {
     how.unmap = true;
     // For images that are encrypted.
     how.secrets.set_passphrase(Secret::new(oracle::PASSPHRASE.into()));
+    how.secrets
+        .add("second", Secret::new(b"another".to_vec()))
+        .expect("a second key");
     how
 }
 

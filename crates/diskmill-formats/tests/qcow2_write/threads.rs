@@ -17,6 +17,7 @@ fn threads_write_side_by_side() {
         "refcount 8",
         "subclusters over raw",
         "data file",
+        "luks over raw",
     ] {
         let image = images::named(name).make();
         let disks = images::memory(&image.files);

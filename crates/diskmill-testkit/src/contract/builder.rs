@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use diskmill_core::{
     Builder, Chain, CreateSpec, Driver, Durability, EncodedKind, Encoder, Finish, GuestOffset, Layer,
-    OpenSpec, Role, Run, State, Storage, StorageMut, Stored, Writes,
+    OpenSpec, Role, Run, Secret, State, Storage, StorageMut, Stored, Writes,
 };
 
 use crate::sparse_random::{GRAIN, Kind, SparseRandom};
@@ -288,7 +288,10 @@ fn splice(driver: &dyn Driver, spec: &CreateSpec, new_file: NewFile<'_>, disk: &
 
 /// Opens an image for reading.
 pub fn open(driver: &dyn Driver, image: &Image) -> Arc<dyn Layer> {
-    let how = OpenSpec::default();
+    let mut how = OpenSpec::default();
+    // For images that are encrypted.
+    how.secrets
+        .set_passphrase(Secret::new(crate::oracle::PASSPHRASE.into()));
     let main: Arc<dyn Storage> = image[0].clone();
     let parsed = driver.parse(main.clone(), &how).expect("an image");
     let mut files = vec![(Role::Main, main)];
@@ -303,7 +306,8 @@ pub fn open(driver: &dyn Driver, image: &Image) -> Arc<dyn Layer> {
     parsed.attach(files, &how).expect("an open image")
 }
 
-fn reads_back(driver: &dyn Driver, spec: &CreateSpec, image: &Image, disk: &SparseRandom, unit: u64) {
+/// Demands that an image reads as `disk`.
+pub fn reads_back(driver: &dyn Driver, spec: &CreateSpec, image: &Image, disk: &SparseRandom, unit: u64) {
     let layer = open(driver, image);
     assert_eq!(layer.virtual_size(), disk.size());
     let facts = layer.facts();

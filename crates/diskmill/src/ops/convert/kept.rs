@@ -360,8 +360,13 @@ fn same(a: Resolved, b: Resolved) -> bool {
     match (a.state, b.state) {
         // What is below is the same for both states.
         _ if a.depth != b.depth => false,
-        (State::Data(_) | State::Compressed(_), State::Data(_) | State::Compressed(_)) if a.depth > 0 => true,
-        (State::Data(a), State::Data(b)) => (a.file, a.at) == (b.file, b.at),
+        (
+            State::Data(_) | State::Compressed(_) | State::Encrypted(_),
+            State::Data(_) | State::Compressed(_) | State::Encrypted(_),
+        ) if a.depth > 0 => true,
+        (State::Data(a), State::Data(b)) | (State::Encrypted(a), State::Encrypted(b)) => {
+            (a.file, a.at) == (b.file, b.at)
+        }
         (State::Compressed(a), State::Compressed(b)) => (a.file, a.at, a.len) == (b.file, b.at, b.len),
         _ => false,
     }
