@@ -125,7 +125,12 @@ impl KeyArgs {
 
 impl NewKeyArgs {
     /// What a passphrase for a new image of `format` means beside the `options` it has.
-    pub fn imply(&self, format: &str, options: &mut Options) -> Result<(), Failure> {
+    pub fn imply(&self, ui: &Ui, format: &str, options: &mut Options) -> Result<(), Failure> {
+        let aes = options.text("encrypt.format") == Some("aes")
+            || matches!(options.bool("encryption"), Ok(Some(true)));
+        if aes && !ui.drop_in() {
+            ui.warn("the old AES encryption protects little; encrypt.format=luks in qcow2 images, or luks images, do");
+        }
         if self.new_passphrase_file.is_none() {
             return Ok(());
         }
@@ -327,6 +332,7 @@ fn read_all(from: &mut dyn Read) -> io::Result<Secret> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ui::Mode;
 
     #[test]
     fn a_line_end_is_no_part_of_a_passphrase_but_of_a_key() {
@@ -360,16 +366,20 @@ mod tests {
         let new = NewKeyArgs {
             new_passphrase_file: Some("p".into()),
         };
+        let ui = Ui {
+            mode: Mode::Native,
+            command: "create",
+        };
         let mut options = Options::new();
-        new.imply("luks", &mut options).unwrap();
+        new.imply(&ui, "luks", &mut options).unwrap();
         assert!(options.is_empty());
-        new.imply("qcow2", &mut options).unwrap();
+        new.imply(&ui, "qcow2", &mut options).unwrap();
         assert_eq!(options.text("encrypt.format"), Some("luks"));
         let mut legacy = Options::parse("encrypt.format=aes");
-        new.imply("qcow", &mut legacy).unwrap();
+        new.imply(&ui, "qcow", &mut legacy).unwrap();
         assert_eq!(legacy.text("encrypt.format"), Some("aes"));
         for format in ["qcow", "raw", "vmdk"] {
-            assert!(new.imply(format, &mut Options::new()).is_err(), "{format}");
+            assert!(new.imply(&ui, format, &mut Options::new()).is_err(), "{format}");
         }
     }
 }

@@ -88,6 +88,12 @@ impl Callers {
         self.equal(target, format);
     }
 
+    /// The same for a call that succeeds.
+    fn quiet(&self, line: &str) {
+        let done = self.same(&words(line));
+        assert_eq!(done.code, Some(0), "{done}");
+    }
+
     /// Both have made the same disk, and ours is sound.
     fn equal(&self, target: &str, format: &str) {
         let (left, right) = (self.ours.join(target), self.theirs.join(target));
@@ -144,6 +150,47 @@ fn nova() {
         "qcow2",
     );
     callers.same_image(&words("resize -f raw disk.raw 8388608"), "disk.raw", "raw");
+}
+
+/// Nova keeps ephemeral disks encrypted: qcow2 with LUKS, its keys in files.
+#[test]
+fn nova_encrypted() {
+    let callers = Callers::new();
+    for scratch in [&callers.ours, &callers.theirs] {
+        scratch.file("key0", b"first passphrase");
+        scratch.file("key1", b"second passphrase");
+    }
+    let luks = "-o encrypt.format=luks -o encrypt.cipher-alg=aes-256 -o encrypt.cipher-mode=xts \
+                -o encrypt.hash-alg=sha256 -o encrypt.iter-time=10 -o encrypt.ivgen-alg=plain64 \
+                -o encrypt.ivgen-hash-alg=sha256";
+    callers.quiet(&format!(
+        "convert -t none -O qcow2 -f raw --object secret,id=sec1,file=key1 -o encrypt.key-secret=sec1 {luks} disk.raw \
+         in.qcow2"
+    ));
+    callers.quiet(
+        "convert -t none -O raw --object secret,id=sec0,file=key1 --image-opts \
+         driver=qcow2,file.driver=file,file.filename=in.qcow2,encrypt.key-secret=sec0 out.raw",
+    );
+    callers.equal("out.raw", "raw");
+    callers.quiet(&format!(
+        "convert -t writeback -O qcow2 --object secret,id=sec0,file=key1 --image-opts --object secret,id=sec1,file=key0 \
+         -o encrypt.key-secret=sec1 {luks} \
+         driver=qcow2,file.driver=file,file.filename=in.qcow2,encrypt.key-secret=sec0 again.qcow2"
+    ));
+    callers.quiet(
+        "compare --object secret,id=sec0,file=key1 --object secret,id=sec1,file=key0 --image-opts \
+         driver=qcow2,file.filename=in.qcow2,encrypt.key-secret=sec0 \
+         driver=qcow2,file.filename=again.qcow2,encrypt.key-secret=sec1",
+    );
+    let create = "create -f qcow2 -o backing_file=disk.qcow2,backing_fmt=qcow2,cluster_size=65536";
+    callers.quiet(&format!(
+        "{create} --object secret,id=sec0,file=key0 -o encrypt.key-secret=sec0 {luks} over.qcow2 8M"
+    ));
+    let wrong = callers.same(&words(
+        "convert -O raw --object secret,id=sec0,file=key0 --image-opts \
+         driver=qcow2,file.driver=file,file.filename=in.qcow2,encrypt.key-secret=sec0 no.raw",
+    ));
+    assert_eq!(wrong.code, Some(1), "{wrong}");
 }
 
 #[test]
@@ -227,6 +274,34 @@ fn cinder() {
     );
     callers.same_image(&words("resize s.qcow2 1G"), "s.qcow2", "qcow2");
     callers.same_image(&words("resize -f raw disk.raw 1G"), "disk.raw", "raw");
+}
+
+/// Volumes that Cinder encrypts itself are luks, the passphrase in a file.
+#[test]
+fn cinder_encrypted() {
+    let callers = Callers::new();
+    for scratch in [&callers.ours, &callers.theirs] {
+        scratch.file("key", b"a passphrase");
+    }
+    callers.quiet(
+        "convert -O luks -t none -f raw -o cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,iter-time=10 --object \
+         secret,id=luks_sec,format=raw,file=key -o key-secret=luks_sec disk.raw vol.luks",
+    );
+    callers.quiet(
+        "create -f luks -o cipher-alg=aes-256,iter-time=10,key-secret=luks_sec --object \
+         secret,id=luks_sec,format=raw,file=key empty.luks 4M",
+    );
+    // An error tells that an image is not encrypted.
+    for (name, code) in [("vol.luks", 0), ("disk.raw", 1)] {
+        let info = ["info", "-f", "luks", "--output=json", "--force-share", name];
+        let (our, their) = callers.run(&info);
+        assert_eq!((our.code, their.code), (Some(code), Some(code)), "{our}");
+    }
+    callers.quiet(
+        "convert --object secret,id=s,file=key --image-opts driver=luks,file.filename=vol.luks,key-secret=s -O raw \
+         out.raw",
+    );
+    callers.equal("out.raw", "raw");
 }
 
 #[test]
@@ -505,6 +580,29 @@ fn libvirt() {
         "vol.raw",
         "raw",
     );
+}
+
+/// libvirt gives the passphrase of a volume in a file, as base64.
+#[test]
+fn libvirt_encrypted() {
+    let callers = Callers::new();
+    for scratch in [&callers.ours, &callers.theirs] {
+        scratch.file("key", b"cGFzc3BocmFzZQ==\n");
+    }
+    let object = "--object secret,id=vol_encrypt0,file=key,format=base64";
+    callers.quiet(&format!(
+        "create -f qcow2 {object} -o encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=vol_encrypt0,compat=1.1 \
+         vol.qcow2 4096K"
+    ));
+    callers.quiet(&format!(
+        "convert --image-opts -n --target-image-opts {object} driver=raw,file.filename=disk.raw \
+         driver=qcow2,file.driver=file,file.filename=vol.qcow2,encrypt.key-secret=vol_encrypt0"
+    ));
+    callers.quiet(&format!(
+        "convert --image-opts -O raw {object} \
+         driver=qcow2,file.driver=file,file.filename=vol.qcow2,encrypt.key-secret=vol_encrypt0 vol.raw"
+    ));
+    callers.equal("vol.raw", "raw");
 }
 
 /// libvirt sets a umask and expects the image to have what it leaves.

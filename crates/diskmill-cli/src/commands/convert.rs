@@ -137,7 +137,7 @@ impl Run for ConvertArgs {
             return Ok(Exit::OK);
         };
         if !self.no_create {
-            self.new_key.imply(format, &mut options)?;
+            self.new_key.imply(ui, format, &mut options)?;
         } else if self.new_key.new_passphrase_file.is_some() {
             return Err(Failure::usage(
                 "--new-passphrase-file makes no sense with -n: nothing is made",

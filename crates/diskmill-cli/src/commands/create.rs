@@ -54,7 +54,7 @@ impl Run for CreateArgs {
         let Some(mut options) = creation_options(ui, &self.options, format, self.names.first())? else {
             return Ok(Exit::OK);
         };
-        self.new_key.imply(format, &mut options)?;
+        self.new_key.imply(ui, format, &mut options)?;
         let (name, size) = match self.names.as_slice() {
             [] => return Err(Failure::usage_help("Expecting image file name")),
             [name] => (name, None),

@@ -112,8 +112,7 @@ impl MeasureArgs {
 fn demand_key(format: &str, options: &Options, secrets: &Secrets) -> Result<(), Failure> {
     let option = match format {
         "luks" => "key-secret",
-        "qcow2" if options.text("encrypt.format").is_some() => "encrypt.key-secret",
-        "qcow2" if matches!(options.bool("encryption"), Ok(Some(true))) => "encrypt.key-secret",
+        "qcow2" if options.text("encrypt.format") == Some("luks") => "encrypt.key-secret",
         _ => return Ok(()),
     };
     match options.text(option) {

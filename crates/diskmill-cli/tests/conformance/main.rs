@@ -11,6 +11,7 @@ mod compact;
 mod cow;
 mod devices;
 mod disk;
+mod encrypted;
 mod golden;
 mod guest;
 mod hostile;

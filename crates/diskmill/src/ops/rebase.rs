@@ -174,6 +174,7 @@ fn open_new(request: &RebaseRequest, name: &str) -> Result<Image> {
         wanted.policy = request.open.policy.clone();
         wanted.limits = request.open.limits;
         wanted.secrets = request.open.secrets.clone();
+        wanted.needs_keys = request.open.needs_keys;
         wanted.historic = request.open.historic;
         wanted.around.clone_from(&request.open.around);
         open::image(&wanted)
