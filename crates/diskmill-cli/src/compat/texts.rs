@@ -64,9 +64,6 @@ pub fn of(error: &Error) -> Option<String> {
     if let Some(qcow2) = error.find::<qcow2::options::CreateError>() {
         return Some(qcow2_text(qcow2));
     }
-    if let Some(encryption) = error.find::<qcow2::EncryptionError>() {
-        return Some(encryption_text(encryption));
-    }
     if let Some(qcow2::ResizeError::OldSnapshots) = error.find() {
         return Some("Can't resize a v2 image which has snapshots".to_owned());
     }
@@ -160,21 +157,6 @@ fn encryption_text(error: &qcow2::EncryptionError) -> String {
         EncryptionError::NotEncrypted(asked) => {
             format!("No encryption in image header, but options specified format '{asked}'")
         }
-        EncryptionError::Compressed => "Compression and encryption not supported at the same time".to_owned(),
-        other => capital(&other.to_string()),
-    }
-}
-
-/// The real tool's words where its text names one rule; ours, which name the value too, elsewhere.
-fn encryption_text(error: &qcow2::EncryptionError) -> String {
-    use qcow2::EncryptionError;
-    match error {
-        EncryptionError::OtherFormat { found, asked } => {
-            format!("Header reported '{found}' encryption format but options specify '{asked}'")
-        }
-        EncryptionError::NotEncrypted(asked) => {
-            format!("No encryption in image header, but options specified format '{asked}'")
-        }
         EncryptionError::Compressed => COMPRESSED_AND_ENCRYPTED.to_owned(),
         other => capital(&other.to_string()),
     }
@@ -182,6 +164,7 @@ fn encryption_text(error: &qcow2::EncryptionError) -> String {
 
 const COMPRESSED_AND_ENCRYPTED: &str = "Compression and encryption not supported at the same time";
 
+/// The real tool's words where its text names one rule; ours, which name the value too, elsewhere.
 fn qcow2_text(error: &qcow2::options::CreateError) -> String {
     use qcow2::options::CreateError;
     match error {
