@@ -18,8 +18,32 @@ use super::hash::{HashAlg, with_hash};
 pub const MAX_ITERATIONS: u32 = 100_000_000;
 /// Fewer than this are never asked for in a new header.
 pub const MIN_ITERATIONS: u32 = 1000;
+/// All slots that are tried for one passphrase may take this many iterations together.
+const ALL_ITERATIONS: u64 = 2 * MAX_ITERATIONS as u64;
 /// Iterations between two looks at whether to stop.
 const SLICE: u32 = 1 << 14;
+
+/// What may still be spent on trying a passphrase, whatever number of slots there are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Budget(u64);
+
+impl Budget {
+    /// As many iterations as all slots of a header may take.
+    pub(super) fn of_iterations() -> Self {
+        Self(ALL_ITERATIONS)
+    }
+
+    /// Any other unit.
+    pub(super) fn of(units: u64) -> Self {
+        Self(units)
+    }
+
+    /// Spends `cost`. An error with [`CryptError::Budget`] if that is more than is left: nothing is spent then.
+    pub(super) fn spend(&mut self, cost: u64) -> Result<(), CryptError> {
+        self.0 = self.0.checked_sub(cost).ok_or(CryptError::Budget)?;
+        Ok(())
+    }
+}
 
 /// Fills `out` with a key from `password` and `salt`.
 ///

@@ -65,6 +65,9 @@ pub enum CryptError {
     /// Too few iterations, or so many that it would take forever.
     #[error("the number of PBKDF2 iterations is {0}, must be 1 to {max}", max = kdf::MAX_ITERATIONS)]
     Iterations(u64),
+    /// Many slots that are each dear.
+    #[error("all key slots together take too long to try")]
+    Budget,
     /// A time that needs too many iterations.
     #[error("iter-time is {0}, which takes more PBKDF2 iterations than {max}", max = kdf::MAX_ITERATIONS)]
     IterTime(u64),

@@ -348,6 +348,20 @@ fn iterations_beyond_reason_are_refused_and_others_can_be_stopped() {
     assert_eq!(run(MAX_ITERATIONS, job).unwrap_err().kind(), ErrorKind::Cancelled);
 }
 
+/// Eight slots that are just about allowed would take minutes.
+#[test]
+fn slots_share_what_may_be_spent() {
+    let mut budget = kdf::Budget::of_iterations();
+    budget.spend(MAX_ITERATIONS.into()).unwrap();
+    assert_eq!(
+        budget.spend(u64::from(MAX_ITERATIONS) + 1),
+        Err(CryptError::Budget)
+    );
+    budget.spend(MAX_ITERATIONS.into()).unwrap();
+    assert_eq!(budget.spend(1), Err(CryptError::Budget));
+    assert_eq!(kdf::Budget::of(5).spend(u64::MAX), Err(CryptError::Budget));
+}
+
 #[test]
 fn iterations_follow_the_time_that_is_wanted() {
     assert_eq!(kdf::iterations(3_000_000, 2000), Ok(6_000_000));

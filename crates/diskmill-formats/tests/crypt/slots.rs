@@ -213,6 +213,14 @@ const CHANGES: [(&str, Names, Names, Names); 5] = [
     ),
 ];
 
+/// A change has few writes between flushes.
+const BOUNDS: Bounds = Bounds {
+    prefixes: 2,
+    singles: 1,
+    random: 2,
+    seed: 7,
+};
+
 /// A volume with "one" in slot 0 and "six" in slot 6, whose entry lies in two sectors.
 fn two_slots() -> (VolumeKey, Vec<u8>) {
     let (new, file) = volume(QUICK);
@@ -236,13 +244,7 @@ fn a_power_cut_leaves_every_other_passphrase() {
         let file = journal.record(Arc::new(Memory::from(start.clone())));
         change(&*file, &key, options, true).unwrap();
         let opens = |bytes: &[u8], name: &str| unlock(&Memory::from(bytes), name).is_ok();
-        let bounds = Bounds {
-            prefixes: 4,
-            singles: 2,
-            random: 2,
-            seed: 7,
-        };
-        for cut in journal.cuts(bounds) {
+        for cut in journal.cuts(BOUNDS) {
             let files = journal.state(&cut);
             for name in kept {
                 assert!(opens(&files[0], name), "{options}: {name} after {cut:?}");
@@ -268,12 +270,7 @@ fn the_only_slot_is_overwritten_without_a_moment_that_has_none() {
         true,
     )
     .unwrap();
-    for cut in journal.cuts(Bounds {
-        prefixes: 4,
-        singles: 2,
-        random: 2,
-        seed: 7,
-    }) {
+    for cut in journal.cuts(BOUNDS) {
         let file = Memory::from(journal.state(&cut).remove(0));
         assert!(
             unlock(&file, "one").is_ok() || unlock(&file, "two").is_ok(),

@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 use super::layout::DIGEST_LEN;
 use super::{Header, LuksError, Slot, Volume};
 use crate::crypt::af;
-use crate::crypt::kdf::pbkdf2;
+use crate::crypt::kdf::{Budget, MAX_ITERATIONS, pbkdf2};
 use crate::crypt::{CipherSpec, CryptError, SectorCipher};
 
 /// The key of an encrypted disk and the cipher it is for. Wiped from memory when dropped, and shown by nothing.
@@ -49,8 +49,15 @@ impl Volume {
     /// [`CryptError::Iterations`] if no slot opens and one was not tried since it wants too many.
     pub fn unlock(&self, file: &dyn Storage, passphrase: &[u8], job: Job<'_>) -> Result<VolumeKey> {
         let mut refused = None;
+        let mut budget = Budget::of_iterations();
         for slot in self.header.slots().iter().filter(|slot| slot.active) {
-            match self.try_slot(file, slot, passphrase, job) {
+            let cost = u64::from(slot.iterations).saturating_add(self.header.iterations.into());
+            let affordable = match slot.iterations.max(self.header.iterations) {
+                // Too dear by itself, which trying says better.
+                worst if worst > MAX_ITERATIONS => Ok(()),
+                _ => budget.spend(cost).map_err(Into::into),
+            };
+            match affordable.and_then(|()| self.try_slot(file, slot, passphrase, job)) {
                 Ok(Some(key)) => return Ok(key),
                 Ok(None) => {}
                 // A slot that cannot be tried must not lock out those who have another one.

@@ -5,8 +5,8 @@ use diskmill_core::{HostOffset, Job, Result, Storage};
 use zeroize::Zeroizing;
 
 use super::metadata::{Digest, Kdf, Keyslot};
-use super::{Luks2Error, Volume2};
-use crate::crypt::kdf::pbkdf2;
+use super::{Luks2Error, MAX_WORK, Volume2};
+use crate::crypt::kdf::{Budget, MAX_ITERATIONS, pbkdf2};
 use crate::crypt::luks::{LuksError, same};
 use crate::crypt::{CryptError, SectorCipher, af};
 
@@ -20,9 +20,18 @@ impl Volume2 {
         let mut slots: Vec<(&u32, &Keyslot)> = self.metadata.slots.iter().collect();
         slots.sort_by_key(|(_, slot)| std::cmp::Reverse(slot.priority));
         let mut refused = None;
+        let mut iterations = Budget::of_iterations();
+        let mut work = Budget::of(MAX_WORK.saturating_mul(2));
         for (number, slot) in slots {
             job.check()?;
-            if let Err(error) = slot.kdf.check_cost(*number) {
+            let affordable = slot.kdf.check_cost(*number).and_then(|()| {
+                match slot.kdf {
+                    Kdf::Pbkdf2 { iterations: cost, .. } => iterations.spend(cost)?,
+                    Kdf::Argon2 { time, memory, .. } => work.spend(time.saturating_mul(memory))?,
+                }
+                Ok(iterations.spend(slot.digest.iterations.min(MAX_ITERATIONS.into()))?)
+            });
+            if let Err(error) = affordable {
                 refused = Some(error);
                 continue;
             }
