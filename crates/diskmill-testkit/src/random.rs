@@ -100,6 +100,7 @@ impl Dice {
     }
 
     /// The next number.
+    #[allow(clippy::should_implement_trait, reason = "dice never end")]
     pub fn next(&mut self) -> u64 {
         self.state = self.state.wrapping_add(1);
         mix(self.state)
