@@ -9,7 +9,7 @@ use diskmill_core::{
     HostOffset, HostRun, Layer, Options, QueuedWrite, RawFile, Result, Role, Run, Secret, State, Storage,
     StorageMut, Stored, Writes, ZeroHow,
 };
-use diskmill_formats::{cow, qcow2, raw, vmdk};
+use diskmill_formats::{cow, qcow, qcow2, raw, vmdk};
 use diskmill_storage::Memory;
 use diskmill_testkit::contract::builder::{builder, fill, open, reads_back};
 use diskmill_testkit::oracle::PASSPHRASE;
@@ -660,6 +660,26 @@ fn a_stream_into_a_pipe_has_the_bytes_of_one_in_a_file() {
         [0; 512],
         "the last sector ends the stream"
     );
+}
+
+#[test]
+fn qcow_plain_and_compressed() {
+    for size in [512, 2 << 20, SIZE] {
+        builder(&qcow::DRIVER, &spec(size, ""), &file);
+        builder(&qcow::DRIVER, &compressed(spec(size, "")), &file);
+    }
+    const SMALL: u64 = (2 << 20) + 512;
+    for spec in [overlay(spec(SMALL, "")), compressed(overlay(spec(SMALL, "")))] {
+        builder(&qcow::DRIVER, &spec, &file);
+        builder(&qcow::DRIVER, &spec, &device);
+    }
+    builder(&qcow::DRIVER, &spec(SIZE, ""), &device);
+    let small = Arc::new(Device(Memory::zeroed(256)));
+    let refused = qcow::DRIVER.build(&spec(SIZE, ""), vec![(Role::Main, small)]);
+    assert_eq!(refused.err().unwrap().kind(), ErrorKind::NoSpace);
+    let pipe = vec![(Role::Main, Arc::new(Pipe::default()) as Arc<dyn StorageMut>)];
+    let refused = qcow::DRIVER.build(&spec(SIZE, ""), pipe);
+    assert_eq!(refused.err().unwrap().kind(), ErrorKind::Unsupported);
 }
 
 #[test]

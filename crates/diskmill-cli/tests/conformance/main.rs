@@ -24,6 +24,7 @@ mod merging;
 mod options;
 mod ova;
 mod parts;
+mod qcow;
 mod readers;
 mod repair;
 mod resizing;
