@@ -20,6 +20,8 @@ pub struct Files {
     pub vmdk: PathBuf,
     /// The disk as a vmdk stream.
     pub stream: PathBuf,
+    /// The disk encrypted.
+    pub luks: PathBuf,
     /// A disk of 2 TiB with all of its tables and nothing else.
     pub tables: PathBuf,
     /// An overlay with all of the disk, over whatever the output is.
@@ -40,6 +42,7 @@ impl Files {
             zstd: scratch.join("zstd.qcow2"),
             vmdk: scratch.join("source.vmdk"),
             stream: scratch.join("stream.vmdk"),
+            luks: scratch.join("source.luks"),
             tables: scratch.join("tables.qcow2"),
             overlay: scratch.join("overlay.qcow2"),
             top: scratch.join("top.qcow2"),
@@ -71,6 +74,8 @@ impl Files {
         oracle::convert(best, &files.source, "raw", &files.vmdk, "vmdk");
         let stream = ["-o", "subformat=streamOptimized"];
         oracle::convert(stream, &files.source, "raw", &files.stream, "vmdk");
+        let luks = best.into_iter().chain(SECRET).chain(["-o", LUKS_OPTIONS]);
+        oracle::convert(luks, &files.source, "raw", &files.luks, "luks");
         files
     }
 
@@ -86,6 +91,22 @@ impl Files {
         oracle::create_overlay(&self.output, "", &self.qcow2, "qcow2", None);
     }
 
+    /// Demands that QEMU reads the disk from the output, which is in `format`.
+    pub fn prove_output(&self, format: &str) {
+        if format != "luks" {
+            return oracle::assert_identical(&self.source, "raw", &self.output, format);
+        }
+        oracle::qemu_img()
+            .arg("compare")
+            .args(SECRET)
+            .args([
+                "--image-opts",
+                &format!("driver=raw,file.filename={}", self.source.display()),
+            ])
+            .arg(luks_image(&self.output))
+            .ok();
+    }
+
     /// Removes the output.
     pub fn clear_output(&self) {
         if self.output.exists() {
@@ -97,6 +118,16 @@ impl Files {
     pub fn output_bytes(&self) -> u64 {
         len(&self.output).min(allocated(&self.output))
     }
+}
+
+/// The passphrase of encrypted disks.
+const SECRET: [&str; 2] = ["--object", "secret,id=key,data=bench"];
+/// How they are made. To derive the key from the passphrase takes next to no time: it would be the same for both.
+const LUKS_OPTIONS: &str = "key-secret=key,iter-time=10";
+
+/// An encrypted disk, for `--image-opts`.
+fn luks_image(path: &Path) -> String {
+    format!("driver=luks,file.filename={},key-secret=key", path.display())
 }
 
 /// A command both tools run.
@@ -166,6 +197,16 @@ pub fn all(files: &Files) -> Vec<Case> {
         convert("raw -> vdi", 0.8, &[], &files.source, "raw", output, "vdi"),
         convert("zlib qcow2 -> raw", 0.6, &[], &files.zlib, "qcow2", output, "raw"),
         convert("zstd qcow2 -> raw", 0.6, &[], &files.zstd, "qcow2", output, "raw"),
+        convert(
+            "raw -> luks",
+            0.25,
+            &[SECRET[0], SECRET[1], "-o", LUKS_OPTIONS],
+            &files.source,
+            "raw",
+            output,
+            "luks",
+        ),
+        from_luks("luks -> raw", 0.25, &files.luks, output),
         Case {
             output_format: Some("qcow2"),
             setup: Files::for_commit,
@@ -225,6 +266,27 @@ fn convert(
         ours: command(&[]),
         theirs: command(&["-m", "16", "-W"]),
         output_format: Some(output_format),
+        setup: |_| {},
+    }
+}
+
+/// The encrypted disk `source` converted to raw.
+fn from_luks(name: &'static str, goal: f64, source: &Path, output: &Path) -> Case {
+    let command = |flags: &[&str]| {
+        let mut args = vec!["convert".to_owned()];
+        args.extend(flags.iter().chain(&SECRET).map(|arg| (*arg).to_owned()));
+        args.extend(["--image-opts".to_owned(), luks_image(source)]);
+        args.extend(["-O", "raw"].map(str::to_owned));
+        args.push(output.display().to_string());
+        args
+    };
+    Case {
+        name,
+        goal,
+        repeat: 1,
+        ours: command(&[]),
+        theirs: command(&["-m", "16", "-W"]),
+        output_format: Some("raw"),
         setup: |_| {},
     }
 }
