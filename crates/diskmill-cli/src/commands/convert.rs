@@ -252,7 +252,7 @@ impl ConvertArgs {
                 .envelope()
                 .disks
                 .iter()
-                .filter(|disk| disk.file.is_some())
+                .filter(|disk| disk.file.is_some() && !disk.is_optical())
                 .collect(),
         };
         let mut jobs: Vec<(PathBuf, String)> = Vec::new();

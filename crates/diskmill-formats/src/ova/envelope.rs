@@ -2,6 +2,8 @@
 //!
 //! Only what a disk tool needs is kept. Documents with a DOCTYPE, and so any entity, are refused.
 
+use std::borrow::Cow;
+
 use roxmltree::{Document, Node, ParsingOptions};
 
 use super::name::{MemberName, NameError};
@@ -27,7 +29,7 @@ pub enum EnvelopeError {
     #[error("the descriptor has {0} bytes, must be at most {MAX_LEN}")]
     TooLong(u64),
     /// Not UTF-8.
-    #[error("the descriptor is not UTF-8")]
+    #[error("the descriptor is not UTF-8, nor UTF-16 or ISO-8859-1 that says so")]
     NotText,
     /// Not well-formed, or more of it than is allowed.
     #[error("the descriptor is no XML that is accepted: {0}")]
@@ -183,6 +185,18 @@ pub struct DiskEntry {
     pub parent: Option<String>,
 }
 
+impl DiskEntry {
+    /// Whether it is a CD or DVD and no hard disk.
+    pub fn is_optical(&self) -> bool {
+        is_optical(self.format.as_deref())
+    }
+}
+
+/// Whether a format is that of CDs: the standard it names is ISO 9660's twin.
+fn is_optical(format: Option<&str>) -> bool {
+    format.is_some_and(|uri| uri.to_ascii_lowercase().contains("/ecma-119"))
+}
+
 /// A virtual device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -276,7 +290,8 @@ impl Envelope {
         if bytes.len() as u64 > MAX_LEN {
             return Err(EnvelopeError::TooLong(bytes.len() as u64));
         }
-        let text = std::str::from_utf8(bytes).map_err(|_| EnvelopeError::NotText)?;
+        let text = text_of(bytes).ok_or(EnvelopeError::NotText)?;
+        let text = text.as_ref();
         let options = ParsingOptions {
             allow_dtd: false,
             nodes_limit: NODES,
@@ -422,10 +437,15 @@ impl Envelope {
             true => "a number: properties are not supported",
             false => "a number of units that make 1 to 2^63 bytes",
         };
-        let bytes = number(capacity.trim())
-            .and_then(|count| count.checked_mul(unit))
-            .filter(|bytes| (1..1 << 63).contains(bytes))
-            .ok_or_else(|| bad("capacity", capacity, expected))?;
+        let format = ovf.attribute(node, "format").map(str::to_owned);
+        // VirtualBox says nothing of how large a CD is.
+        let bytes = match capacity.trim() {
+            "" | "0" if is_optical(format.as_deref()) => 0,
+            count => number(count)
+                .and_then(|count| count.checked_mul(unit))
+                .filter(|bytes| (1..1 << 63).contains(bytes))
+                .ok_or_else(|| bad("capacity", capacity, expected))?,
+        };
         self.disks.push(DiskEntry {
             file,
             capacity: bytes,
@@ -433,7 +453,7 @@ impl Envelope {
             populated: ovf
                 .attribute(node, "populatedSize")
                 .and_then(|text| number(text.trim())),
-            format: ovf.attribute(node, "format").map(str::to_owned),
+            format,
             parent: ovf.attribute(node, "parentRef").map(str::to_owned),
             id,
         });
@@ -444,6 +464,30 @@ impl Envelope {
     pub fn disk(&self, id: &str) -> Option<&DiskEntry> {
         self.disks.iter().find(|disk| disk.id == id)
     }
+}
+
+/// The text of a descriptor: UTF-8 unless it starts as UTF-16 does or says that it is ISO-8859-1, as old exporters do.
+/// `None` if it is nothing of that.
+pub fn text_of(bytes: &[u8]) -> Option<Cow<'_, str>> {
+    let wide = |read: fn([u8; 2]) -> u16| {
+        let (units, rest) = bytes.as_chunks::<2>();
+        let units: Vec<u16> = units.iter().skip(1).map(|unit| read(*unit)).collect();
+        let text = String::from_utf16(&units).ok()?;
+        (rest.is_empty() && !text.is_empty()).then_some(Cow::Owned(text))
+    };
+    if bytes.starts_with(&[0xff, 0xfe]) {
+        return wide(u16::from_le_bytes);
+    }
+    if bytes.starts_with(&[0xfe, 0xff]) {
+        return wide(u16::from_be_bytes);
+    }
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        return Some(Cow::Borrowed(text));
+    }
+    let line = bytes.split(|byte| *byte == b'>').next().unwrap_or_default();
+    let said = line.to_ascii_lowercase();
+    let latin = line.starts_with(b"<?xml") && said.windows(10).any(|word| word == b"iso-8859-1");
+    latin.then(|| bytes.iter().copied().map(char::from).collect::<String>().into())
 }
 
 /// Finds elements and attributes of the version at hand.

@@ -7,7 +7,7 @@ use roxmltree::{Document, ParsingOptions};
 
 use super::archive::{Archive, Unusual};
 use super::compose::STREAM_OPTIMIZED;
-use super::envelope::{Compression, DiskEntry, Envelope, System};
+use super::envelope::{Compression, DiskEntry, Envelope, System, text_of};
 use super::manifest::{Algorithm, Manifest};
 use super::name::MemberName;
 
@@ -127,7 +127,8 @@ pub fn package(subject: &Subject<'_>) -> Vec<Lint> {
         digests(subject, manifest, text, &mut lints);
     }
     files(subject.envelope, &mut lints);
-    let document = document(subject.text);
+    let text = text_of(subject.text).unwrap_or_default();
+    let document = document(&text);
     let units = document.as_ref().map_or_else(Vec::new, |document| {
         disk_attributes(document, "capacityAllocationUnits")
     });
@@ -265,7 +266,7 @@ fn digests(subject: &Subject<'_>, manifest: &Manifest, text: &[u8], lints: &mut 
 }
 
 fn files(envelope: &Envelope, lints: &mut Vec<Lint>) {
-    for disk in &envelope.disks {
+    for disk in envelope.disks.iter().filter(|disk| !disk.is_optical()) {
         let Some(file) = disk.file.and_then(|file| envelope.files.get(file)) else {
             continue;
         };
@@ -345,12 +346,12 @@ fn machine(system: &System, lints: &mut Vec<Lint>) {
     }
 }
 
-fn document(text: &[u8]) -> Option<Document<'_>> {
+fn document(text: &str) -> Option<Document<'_>> {
     let options = ParsingOptions {
         allow_dtd: false,
         ..ParsingOptions::default()
     };
-    Document::parse_with_options(std::str::from_utf8(text).ok()?, options).ok()
+    Document::parse_with_options(text, options).ok()
 }
 
 /// The values of an attribute of disks.

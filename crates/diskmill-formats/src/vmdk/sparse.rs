@@ -107,10 +107,10 @@ pub(super) fn read_header(storage: &dyn Storage) -> Result<Header> {
         return Ok(header);
     }
     let mut tail = [0; 3 * 512];
-    let at = len
-        .checked_sub(tail.len() as u64)
-        .filter(|at| *at >= SECTOR)
-        .ok_or(PlaceError::Footer("the file is too short for one"))?;
+    let at = footer_at(storage, len)?
+        .checked_sub(SECTOR)
+        .filter(|at| *at >= SECTOR && at.saturating_add(tail.len() as u64) <= len)
+        .ok_or(PlaceError::Footer("the file does not end with one"))?;
     storage.read_at(HostOffset::new(at), &mut tail)?;
     let (marker, rest) = tail.split_at(512);
     let (footer, end) = rest.split_at(512);
@@ -133,6 +133,26 @@ pub(super) fn read_header(storage: &dyn Storage) -> Result<Header> {
         return Err(PlaceError::Footer("it contradicts the header").into());
     }
     Ok(footer)
+}
+
+/// Bytes of zeros that may follow a stream. Some transfers fill the last block.
+const PADDING: u64 = 1 << 20;
+
+/// Where the footer of a stream of `len` bytes is, if it has one: the sector that ends it, and what may follow, is zeros.
+fn footer_at(storage: &dyn Storage, len: u64) -> Result<u64> {
+    let mut at = len;
+    let mut piece = vec![0; 64 << 10];
+    while at > 0 && len.saturating_sub(at) < PADDING {
+        let have = usize::try_from(at).unwrap_or(usize::MAX).min(piece.len());
+        let start = at.saturating_sub(have as u64);
+        let bytes = piece.get_mut(..have).unwrap_or_default();
+        storage.read_at(HostOffset::new(start), bytes)?;
+        if let Some(last) = bytes.iter().rposition(|byte| *byte != 0) {
+            return Ok(start.saturating_add(last as u64) / SECTOR * SECTOR);
+        }
+        at = start;
+    }
+    Ok(0)
 }
 
 /// Which kind of sparse extent it is.

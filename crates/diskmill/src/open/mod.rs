@@ -25,7 +25,7 @@ pub(crate) use chain::Opener;
 pub use parent::Uuid;
 pub(crate) use understand::{Place, Understood};
 
-use crate::package::Package;
+use crate::package::{Package, Unpacked};
 use crate::policy::References;
 use crate::spec::ImageSpec;
 
@@ -66,6 +66,8 @@ pub struct OpenRequest {
     pub packages: bool,
     /// Which disk of a package: its identifier, its file, or its number from 1.
     pub disk: Option<String>,
+    /// Disks of packages that were unpacked for this request or a clone of it.
+    pub unpacked: Unpacked,
     /// Where the keys of encrypted images come from, of all that are in the chain.
     pub secrets: Secrets,
     /// Whether an encrypted image without a key does not even open, as is best where its data is to be read.
@@ -105,6 +107,7 @@ impl OpenRequest {
             given: None,
             packages: false,
             disk: None,
+            unpacked: Unpacked::default(),
             historic: false,
             secrets: Secrets::new(),
             needs_keys: false,

@@ -232,7 +232,7 @@ impl Inner {
                 return Err(Error::new(ErrorKind::Unsupported, PackageError::ReadOnly));
             }
             let disk = package.choose(request.disk.as_deref())?;
-            let (storage, name) = package.storage(disk)?;
+            let (storage, name) = package.storage_once(disk, &request.unpacked)?;
             Ok(Some(Self {
                 disk: disk.id.clone(),
                 name,

@@ -24,7 +24,10 @@ impl Package {
     /// The file called `name`, or `None` if there is none.
     pub(super) fn find(&self, name: &MemberName) -> Result<Option<Arc<dyn Storage>>> {
         match &self.place {
-            Place::Archive(archive) => match archive.find(name.as_str()) {
+            Place::Archive(archive) => match archive
+                .find(&format!("{}{name}", self.dir()))
+                .or_else(|| archive.find(name.as_str()))
+            {
                 None => Ok(None),
                 Some(member) => {
                     let window = Window::new(Arc::clone(&self.file), member.start, Some(member.len))?;

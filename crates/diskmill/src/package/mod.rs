@@ -7,14 +7,14 @@ mod member;
 mod verify;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_core::{Error, ErrorKind, HostOffset, Result, Sample, Storage};
 use diskmill_formats::ova::{
     Archive, Compression, DiskEntry, Envelope, EnvelopeError, Manifest, ManifestError, MemberName, envelope,
     is_descriptor, manifest,
 };
-use diskmill_storage::{Concat, File};
+use diskmill_storage::{Concat, File, FileId};
 
 pub(crate) use verify::digest;
 pub use verify::{FileState, Verified, VerifiedFile};
@@ -140,6 +140,36 @@ pub enum PackageError {
     NotAPackage(String),
 }
 
+/// Disks that were unpacked, so that opening one again finds it. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct Unpacked(Arc<Mutex<Vec<UnpackedDisk>>>);
+
+/// A disk of a package: the package's file and the disk's id.
+type DiskKey = (FileId, String);
+type UnpackedDisk = (DiskKey, Arc<dyn Storage>);
+
+impl Unpacked {
+    fn get(
+        &self,
+        key: DiskKey,
+        unpack: impl FnOnce() -> Result<Arc<dyn Storage>>,
+    ) -> Result<Arc<dyn Storage>> {
+        // Held while it unpacks: whoever asks for the same waits for it.
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, storage)) = known.iter().find(|(other, _)| *other == key) {
+            return Ok(Arc::clone(storage));
+        }
+        let storage = unpack()?;
+        known.push((key, Arc::clone(&storage)));
+        Ok(storage)
+    }
+}
+
+/// Whether it is what macOS puts beside a file in an archive, under the same name but for its start.
+fn is_resource_fork(name: &MemberName) -> bool {
+    name.base().as_str().starts_with("._")
+}
+
 impl PackageError {
     fn malformed(self) -> Error {
         Error::new(ErrorKind::Malformed, self)
@@ -185,7 +215,7 @@ impl Package {
             let mut found = archive
                 .members()
                 .iter()
-                .filter(|member| member.name.has_extension("ovf"));
+                .filter(|member| member.name.has_extension("ovf") && !is_resource_fork(&member.name));
             let Some(first) = found.next() else {
                 return Ok(None);
             };
@@ -238,6 +268,22 @@ impl Package {
         Ok(Some(package))
     }
 
+    /// The directory of the archive that the descriptor is in, with a slash at its end. What it refers to is there.
+    fn dir(&self) -> &str {
+        let name = self.name.as_str();
+        name.rfind('/')
+            .and_then(|slash| name.get(..=slash))
+            .unwrap_or_default()
+    }
+
+    /// What the descriptor and the manifest call the member `name`.
+    fn local(&self, name: &MemberName) -> MemberName {
+        let local = name.as_str().strip_prefix(self.dir());
+        local
+            .and_then(|local| MemberName::new(local).ok())
+            .unwrap_or_else(|| name.clone())
+    }
+
     /// The file of the package with the descriptor's name and another extension.
     fn sibling(&self, extension: &str) -> Option<MemberName> {
         MemberName::new(&format!("{}.{extension}", self.name.stem())).ok()
@@ -278,7 +324,10 @@ impl Package {
         let usage = |error| Error::new(ErrorKind::Usage, error);
         match wanted {
             None => {
-                let mut stored = disks.iter().filter(|disk| disk.file.is_some());
+                let hard = disks.iter().any(|disk| disk.file.is_some() && !disk.is_optical());
+                let mut stored = disks
+                    .iter()
+                    .filter(|disk| disk.file.is_some() && disk.is_optical() != hard);
                 match (stored.next(), stored.next()) {
                     (Some(only), None) => Ok(only),
                     (Some(_), Some(_)) => Err(usage(PackageError::Several(self.names()))),
@@ -314,6 +363,15 @@ impl Package {
 
     /// The bytes of the file that holds `disk`, unpacked and put together, and its name.
     pub fn storage(&self, disk: &DiskEntry) -> Result<(Arc<dyn Storage>, MemberName)> {
+        self.storage_once(disk, &Unpacked::default())
+    }
+
+    /// The same; what is unpacked for it is kept in `unpacked`, and taken from there if it is.
+    pub(crate) fn storage_once(
+        &self,
+        disk: &DiskEntry,
+        unpacked: &Unpacked,
+    ) -> Result<(Arc<dyn Storage>, MemberName)> {
         let id = disk.id.clone();
         if let Some(parent) = disk.parent.clone() {
             let error = PackageError::Difference { disk: id, parent };
@@ -326,7 +384,10 @@ impl Package {
             parts => Arc::new(Concat::new(parts.iter().map(|part| Arc::clone(&part.storage)))?),
         };
         let storage = match file.compression {
-            Compression::Gzip => self.unpacked(file, disk.capacity, stored.as_ref())?,
+            Compression::Gzip => {
+                let key = (self.file.identity(), disk.id.clone());
+                unpacked.get(key, || self.unpacked(file, disk.capacity, stored.as_ref()))?
+            }
             _ => stored,
         };
         Ok((storage, file.name.clone()))

@@ -78,7 +78,7 @@ impl Package {
         };
         let mut parts: Vec<Part> = Vec::new();
         if let Some(storage) = self.find(&self.name)? {
-            let name = self.name.clone();
+            let name = self.local(&self.name);
             parts.push(Part { name, storage });
         }
         for file in &self.envelope.files {
@@ -127,7 +127,7 @@ impl Package {
             let own = ["mf", "cert"]
                 .iter()
                 .any(|kind| self.sibling(kind).as_ref() == Some(&member.name));
-            if !own && !known(&verified, &member.name) {
+            if !own && !known(&verified, &self.local(&member.name)) {
                 verified.files.push(VerifiedFile {
                     name: member.name.clone(),
                     state: FileState::NotReferred,
@@ -193,7 +193,8 @@ impl Package {
             text: &text,
             manifest,
         });
-        for disk in self.envelope.disks.iter().filter(|disk| disk.file.is_some()) {
+        let disks = self.envelope.disks.iter();
+        for disk in disks.filter(|disk| disk.file.is_some() && !disk.is_optical()) {
             let (storage, _) = self.storage(disk)?;
             let (mut head, mut tail) = ([0; 512], [0; 1024]);
             storage.read_padded(HostOffset::ZERO, &mut head)?;

@@ -322,3 +322,25 @@ fn a_guessed_raw_disk_cannot_become_another_format() {
         .write_at(GuestOffset::ZERO, header, &image.below)
         .unwrap();
 }
+
+#[test]
+fn a_disk_of_a_package_is_unpacked_once_for_all_clones_of_a_request() {
+    let scratch = Scratch::new();
+    scratch.file("d.raw", &[7; 4096]);
+    Run::new("gzip").dir(scratch.path()).arg("d.raw").ok();
+    let ovf = "http://schemas.dmtf.org/ovf/envelope/1";
+    let text = format!(
+        r#"<Envelope xmlns="{ovf}"><References><File id="f" href="d.raw.gz" compression="gzip"/></References><DiskSection><Disk diskId="d" fileRef="f" capacity="4096"/></DiskSection></Envelope>"#
+    );
+    let mut request = request(&scratch.file("p.ovf", text.as_bytes()));
+    request.packages = true;
+    assert_eq!(open::image(&request.clone()).unwrap().chain.virtual_size(), 4096);
+    scratch.file("d.raw.gz", b"no gzip any more");
+    let image = open::image(&request).unwrap();
+    let mut bytes = [0; 4096];
+    image.chain.read_at(GuestOffset::ZERO, &mut bytes).unwrap();
+    assert_eq!(bytes, [7; 4096]);
+    let mut other = OpenRequest::new(request.spec.clone());
+    other.packages = true;
+    assert!(refused(&other).to_string().contains("p.ovf"));
+}

@@ -228,6 +228,14 @@ fn vmdk_stream__footer() {
         invalid,
     );
     stream(|image| image.put(end(image) - 1024 + 12, &[2]), invalid);
+    // A block that was filled with zeros on its way is no damage.
+    let image = Image::make("streamOptimized");
+    let padded = [image.bytes.clone(), vec![0; 70_000]].concat();
+    image.scratch.file("padded.vmdk", &padded);
+    for words in ["check padded.vmdk", "compare padded.vmdk other.raw"] {
+        native(&image.scratch).words(words).ok();
+    }
+    stream(|image| image.bytes.resize(end(image) + (2 << 20), 0), invalid);
 }
 
 /// A descriptor by itself, `ext.data` beside it with 4 MiB.

@@ -267,3 +267,78 @@ fn ova__layout__dialects_of_tar() {
         assert_eq!(guest(&scratch, "cut.ova", None), digest, "{format}, cut");
     }
 }
+
+/// A CD beside the disk, as VirtualBox describes it; all in a directory of the archive; what macOS adds to an archive.
+#[test]
+fn ova__layout__cd_directory_and_resource_forks() {
+    let scratch = Scratch::new();
+    let digest = make_disk(&scratch, "disk.raw");
+    std::fs::create_dir(scratch.join("app")).unwrap();
+    stream_optimized(&scratch, "disk.raw", "app/d.vmdk");
+    scratch.file("app/cd.iso", &[0; 2048]);
+    scratch.file("app/._app.ovf", b"a resource fork");
+    for capacity in ["", "0", "2048"] {
+        let text = format!(
+            r#"<Envelope xmlns="{OVF1}" xmlns:ovf="{OVF1}"><References><File ovf:id="c" ovf:href="cd.iso"/><File ovf:id="f" ovf:href="d.vmdk"/></References><DiskSection><Disk ovf:capacity="{capacity}" ovf:diskId="cd" ovf:fileRef="c" ovf:format="http://www.ecma-international.org/publications/standards/Ecma-119.htm"/><Disk ovf:diskId="d" ovf:fileRef="f" ovf:capacity="50331648"/></DiskSection></Envelope>"#
+        );
+        scratch.file("app/app.ovf", text.as_bytes());
+        let line = r#"for f in app.ovf cd.iso d.vmdk; do echo "SHA256($f)= $(sha256sum < $f | cut -d' ' -f1)"; done > app.mf"#;
+        Run::new("sh").dir(scratch.join("app")).args(["-c", line]).ok();
+        let members = [
+            "app/._app.ovf",
+            "app/app.ovf",
+            "app/app.mf",
+            "app/cd.iso",
+            "app/d.vmdk",
+        ];
+        tar(&scratch, "p.ova", &members);
+        assert_eq!(
+            guest(&scratch, "p.ova", None),
+            digest,
+            "'{capacity}' in the archive"
+        );
+        assert_eq!(
+            guest(&scratch, "app/app.ovf", None),
+            digest,
+            "'{capacity}' in the directory"
+        );
+        let check = native(&scratch).words("check p.ova").ok();
+        assert_eq!(check.out().matches("OK (SHA256)").count(), 3, "{check}");
+        std::fs::create_dir(scratch.join("out")).unwrap();
+        native(&scratch).words("convert -O raw p.ova out").ok();
+        assert_eq!(std::fs::read_dir(scratch.join("out")).unwrap().count(), 1);
+        std::fs::remove_dir_all(scratch.join("out")).unwrap();
+    }
+    // Of a disk nobody may say that its size is not known.
+    let text = std::fs::read_to_string(scratch.join("app/app.ovf")).unwrap();
+    scratch.file("app/app.ovf", text.replace("50331648", "").as_bytes());
+    let failed = native(&scratch).words("info app/app.ovf").finish().expect(1);
+    assert!(failed.err().contains("capacity"), "{failed}");
+}
+
+/// Descriptors that are not in UTF-8.
+#[test]
+fn ova__layout__encodings() {
+    let scratch = Scratch::new();
+    let digest = make_disk(&scratch, "disk.raw");
+    stream_optimized(&scratch, "disk.raw", "d.vmdk");
+    let text = |mark: &str, encoding: &str| {
+        format!(
+            r#"{mark}<?xml version="1.0" encoding="{encoding}"?><Envelope xmlns="{OVF1}" xmlns:ovf="{OVF1}"><References><File ovf:id="f" ovf:href="d.vmdk"/></References><DiskSection><Disk ovf:diskId="d" ovf:fileRef="f" ovf:capacity="50331648"/></DiskSection><VirtualSystem ovf:id="x"><Name>Käse</Name></VirtualSystem></Envelope>"#
+        )
+    };
+    let mark = "\u{feff}";
+    let latin: Vec<u8> = text("", "ISO-8859-1").chars().map(|c| c as u8).collect();
+    let wide = |order: fn(u16) -> [u8; 2]| {
+        let units = text(mark, "UTF-16");
+        units.encode_utf16().flat_map(order).collect::<Vec<u8>>()
+    };
+    let utf8 = text(mark, "UTF-8").into_bytes();
+    for bytes in [latin, wide(u16::to_le_bytes), wide(u16::to_be_bytes), utf8] {
+        scratch.file("p.ovf", &bytes);
+        tar(&scratch, "p.ova", &["p.ovf", "d.vmdk"]);
+        assert_eq!(guest(&scratch, "p.ova", None), digest);
+        let info = native(&scratch).words("info p.ova").ok();
+        assert!(info.out().contains("machine: Käse"), "{info}");
+    }
+}
