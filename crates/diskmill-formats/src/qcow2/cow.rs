@@ -34,8 +34,6 @@ struct Run {
     head: Range<u64>,
     /// Bytes of the last cluster behind the end that must be filled from its old view.
     tail: Range<u64>,
-    /// Data is encrypted: what is in a place before it is written means nothing.
-    sealed: bool,
 }
 
 /// Subclusters that a new place must get from the old one.
@@ -163,7 +161,6 @@ impl Run {
             old,
             head,
             tail,
-            sealed,
         })
     }
 
@@ -172,9 +169,6 @@ impl Run {
         let geometry = tables.geometry;
         let cluster = geometry.cluster_size();
         let end = self.at.get() + self.len as u64;
-        if !self.head.is_empty() || !self.tail.is_empty() || self.sealed {
-            tables.fence.note_copied();
-        }
         let mut start = self.at.align_down(cluster);
         for (index, old) in (0..).zip(&self.old) {
             let first = geometry.subcluster(self.at.max(start));
@@ -194,6 +188,8 @@ impl Run {
                 zero: old.zero & !written,
             };
             if new != *old {
+                // What was copied must be there before it shows, and in a place that was kept lies older data.
+                tables.fence.note_copied();
                 if let Err(error) = tables.set_slot(start, new) {
                     return (index, Err(error));
                 }

@@ -231,6 +231,26 @@ fn a_power_cut_at_random_during_one_operation_leaks_at_worst() {
         one(Op::Resize { size: 4 << 20 }),
         one(Op::Clear),
         one(Op::Snapshot { number: 1 }),
+        // Places that are kept: what is in them must not show before the data is there.
+        vec![
+            Op::Write {
+                at: 0,
+                len: 66_000,
+                fill: 4,
+            },
+            Op::Zero {
+                at: 0,
+                len: 65_536,
+                how: ZeroHow::KeepAllocated,
+            },
+            Op::Flush,
+            Op::Write {
+                at: 0,
+                len: 65_536,
+                fill: 7,
+            },
+            Op::Flush,
+        ],
         vec![
             Op::Snapshot { number: 1 },
             Op::Write {

@@ -54,8 +54,16 @@ impl Bitmap {
         counts: bool,
     ) {
         let sectors = after.len().div_ceil(SECTOR);
+        let old = self.may.len();
         self.must.resize(sectors, false);
         self.may.resize(sectors, false);
+        // A granule that the disk ended in is dirty as a whole, also where it grows.
+        let granule = self.granularity as usize / SECTOR;
+        let first = old / granule * granule;
+        if self.may[first.min(sectors)..old.min(sectors)].contains(&true) {
+            let end = (first + granule).min(sectors);
+            self.may[old.min(end)..end].fill(true);
+        }
         if !self.enabled || span.is_empty() {
             return;
         }
