@@ -24,6 +24,8 @@ pub enum HashAlg {
     Sha512,
     /// RIPEMD-160.
     Ripemd160,
+    /// SM3.
+    Sm3,
 }
 
 /// Runs `$body` with `$hash` standing for the type of the function.
@@ -58,6 +60,10 @@ macro_rules! with_hash {
                 type $hash = ripemd::Ripemd160;
                 $body
             }
+            $crate::crypt::hash::HashAlg::Sm3 => {
+                type $hash = sm3::Sm3;
+                $body
+            }
         }
     };
 }
@@ -65,7 +71,7 @@ pub(super) use with_hash;
 
 impl HashAlg {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Md5,
         Self::Sha1,
         Self::Sha224,
@@ -73,6 +79,7 @@ impl HashAlg {
         Self::Sha384,
         Self::Sha512,
         Self::Ripemd160,
+        Self::Sm3,
     ];
 
     /// Its name, in options as in LUKS headers.
@@ -85,6 +92,7 @@ impl HashAlg {
             Self::Sha384 => "sha384",
             Self::Sha512 => "sha512",
             Self::Ripemd160 => "ripemd160",
+            Self::Sm3 => "sm3",
         }
     }
 
@@ -102,7 +110,7 @@ impl HashAlg {
             Self::Md5 => 16,
             Self::Sha1 | Self::Ripemd160 => 20,
             Self::Sha224 => 28,
-            Self::Sha256 => 32,
+            Self::Sha256 | Self::Sm3 => 32,
             Self::Sha384 => 48,
             Self::Sha512 => 64,
         }

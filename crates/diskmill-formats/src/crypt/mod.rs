@@ -51,7 +51,9 @@ pub enum CryptError {
     #[error("initialisation vector generator '{0}' is not supported, must be plain, plain64 or essiv")]
     IvGen(String),
     /// No hash of this name.
-    #[error("hash '{0}' is not supported, must be md5, sha1, sha224, sha256, sha384, sha512 or ripemd160")]
+    #[error(
+        "hash '{0}' is not supported, must be md5, sha1, sha224, sha256, sha384, sha512, ripemd160 or sm3"
+    )]
     Hash(String),
     /// ESSIV without a hash.
     #[error("the initialisation vector generator essiv needs a hash")]

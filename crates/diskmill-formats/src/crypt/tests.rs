@@ -324,6 +324,10 @@ fn pbkdf2_is_that_of_hashlib() {
             "ripemd160",
             "99a40d3fe4ee95869791d9faa24864562782762171480b620ca8bed3dafbbcac85d6a7c5b52f2f99",
         ),
+        (
+            "sm3",
+            "b6e8f2074c87432b78f62e5ced980fdff89e86af2f693dab1638e2b3683045dd844438500eead50c",
+        ),
     ] {
         let mut out = [0; 40];
         let hash = HashAlg::parse(hash).unwrap();

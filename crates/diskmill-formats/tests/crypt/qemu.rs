@@ -5,7 +5,7 @@ use diskmill_testkit::{Scratch, oracle};
 use crate::{SIZE, contents, disk, load, volume};
 
 /// What qemu-img can make and read: ciphers, modes, generators and hashes, each with each other kind at least once.
-const CHOICES: [&str; 22] = [
+const CHOICES: [&str; 23] = [
     "cipher-alg=aes-256",
     "cipher-alg=aes-128",
     "cipher-alg=aes-192,hash-alg=sha1",
@@ -25,34 +25,32 @@ const CHOICES: [&str; 22] = [
     "cipher-mode=ctr",
     "cipher-alg=serpent-128,cipher-mode=ctr,ivgen-alg=essiv",
     "cipher-alg=cast5-128,cipher-mode=cbc",
+    "cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sm3,hash-alg=sm3",
     "cipher-alg=cast5-128,cipher-mode=ctr,ivgen-alg=essiv,ivgen-hash-alg=md5",
     "cipher-alg=cast5-128,cipher-mode=ecb",
     "cipher-mode=ecb,ivgen-alg=plain",
 ];
 
-/// Headers that qemu-img makes, which takes it seconds each: a few that differ in everything.
-const THEIRS: [&str; 3] = [
-    "hash-alg=sha1",
-    "cipher-alg=serpent-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=md5,hash-alg=ripemd160",
-    "cipher-alg=twofish-192,ivgen-alg=plain,ivgen-hash-alg=sha512,hash-alg=sha512",
-];
-
+/// One header only, since making one takes qemu-img many seconds.
 #[test]
 fn what_qemu_encrypts_is_read() {
     let dir = Scratch::beneath("/dev/shm");
     let raw = dir.file("disk.raw", &disk());
-    for options in THEIRS {
-        let image = dir.join("theirs.luks");
-        let options = format!("key-secret=one,iter-time=1,{options}");
-        oracle::convert(
-            ["--object", "secret,id=one,data=one", "-o", &options],
-            &raw,
-            "raw",
-            &image,
-            "luks",
-        );
-        assert!(contents(&load(&image), "one") == disk(), "{options}");
-    }
+    let image = dir.join("theirs.luks");
+    oracle::convert(
+        [
+            "--object",
+            "secret,id=one,data=one",
+            "-o",
+            "key-secret=one,iter-time=1,cipher-alg=serpent-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=md5,\
+             hash-alg=ripemd160",
+        ],
+        &raw,
+        "raw",
+        &image,
+        "luks",
+    );
+    assert!(contents(&load(&image), "one") == disk());
 }
 
 #[test]
