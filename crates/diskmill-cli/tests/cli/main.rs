@@ -10,6 +10,7 @@ mod drop_in;
 mod help;
 mod native;
 mod objects;
+mod terminal;
 
 /// Our command under the name `qemu-img`.
 fn ours(dir: impl AsRef<Path>) -> Run {
