@@ -81,7 +81,7 @@ fn create(world: &World, options: &str) -> Result<()> {
 
 fn convert(world: &World, source: &str, format: &str, change: impl Fn(&mut Plan)) -> Result<()> {
     let mut new = NewImage::new(ImageSpec::from_path(world.scratch.join("new")), format);
-    new.options = Options::parse(if format == "raw" { "" } else { "cluster_size=4k" });
+    new.options = Options::parse(if format == "qcow2" { "cluster_size=4k" } else { "" });
     new.around.clone_from(&world.around);
     let input = Input::Image(Box::new(world.request(source)));
     let mut plan = Plan::new(input, Output::New(new));
@@ -377,6 +377,34 @@ pub const OPERATIONS: &[Operation] = &[
     Operation {
         name: "rebase a cow image to nothing",
         make: rewrite::make,
+        run: |world| rebase(world, None),
+        outcome: SETTLES,
+    },
+    Operation {
+        name: "convert to qcow, compressed",
+        make: disk,
+        run: |world| {
+            convert(world, "disk.raw", "qcow", |plan| {
+                plan.compress = Some(Compression::default());
+            })
+        },
+        outcome: Outcome::New,
+    },
+    Operation {
+        name: "grow a qcow image",
+        make: |scratch| rewrite::make_in(scratch, "qcow"),
+        run: |world| resize(world, 900 << 10, Preallocation::Off),
+        outcome: SWITCHES,
+    },
+    Operation {
+        name: "commit a qcow image",
+        make: |scratch| rewrite::make_in(scratch, "qcow"),
+        run: |world| commit(world, Base::Next),
+        outcome: SETTLES,
+    },
+    Operation {
+        name: "rebase a qcow image to nothing",
+        make: |scratch| rewrite::make_in(scratch, "qcow"),
         run: |world| rebase(world, None),
         outcome: SETTLES,
     },

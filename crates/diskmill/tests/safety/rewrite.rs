@@ -19,6 +19,11 @@ const LARGE: u64 = 9 << 20;
 
 /// `image`, a cow image with data, over `base.raw`, which is longer.
 pub fn make(scratch: &Scratch) {
+    make_in(scratch, "cow");
+}
+
+/// The same in another format.
+pub fn make_in(scratch: &Scratch, format: &str) {
     let bytes: Vec<u8> = (0..SMALL + 4096).map(|at| (at / 700 % 250) as u8 + 1).collect();
     scratch.file("base.raw", &bytes);
     let mut new = bytes[..SMALL as usize].to_vec();
@@ -28,7 +33,7 @@ pub fn make(scratch: &Scratch) {
     let raw = ImageSpec::from_path(scratch.join("new.raw"));
     let mut source = OpenRequest::new(raw);
     source.format = Some("raw".to_owned());
-    let mut image = NewImage::new(ImageSpec::from_path(scratch.join("image")), "cow");
+    let mut image = NewImage::new(ImageSpec::from_path(scratch.join("image")), format);
     image.backing = Some("base.raw".to_owned());
     image.backing_format = Some("raw".to_owned());
     let plan = Plan::new(Input::Image(Box::new(source)), Output::New(image));
