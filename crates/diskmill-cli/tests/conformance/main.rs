@@ -25,6 +25,7 @@ mod options;
 mod ova;
 mod parts;
 mod qcow;
+mod qcow2_encrypted;
 mod readers;
 mod repair;
 mod resizing;
