@@ -1,6 +1,6 @@
 //! Images of every kind a writer must cope with.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use diskmill_core::{Chain, Driver, GuestOffset, OpenSpec, Role};
 use diskmill_formats::qcow::layout::HEADER_LEN;
@@ -182,7 +182,7 @@ impl Image {
     }
 
     /// Says which image `run` is to work on.
-    fn point(&self, run: Run, path: &PathBuf) -> Run {
+    fn point(&self, run: Run, path: &Path) -> Run {
         let secret = String::from_utf8(PASSPHRASE.to_vec()).expect("text");
         let key = if self.kind.aes {
             ",encrypt.key-secret=s"
