@@ -29,6 +29,7 @@ use exit::Exit;
 use ui::{Mode, Ui};
 
 fn main() -> ExitCode {
+    open_many_files();
     let mut args = std::env::args_os();
     let program = args.next().unwrap_or_default();
     let mut args: Vec<OsString> = args.collect();
@@ -57,6 +58,15 @@ fn main() -> ExitCode {
             failure.exit().into()
         }
     }
+}
+
+/// Lets as many files be open as the host allows: a split disk has one for each 2 GiB. Where that fails the usual number
+/// has to do.
+fn open_many_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// `qemu-img`: options of its own, a command, and that command's options.

@@ -5,7 +5,7 @@ use diskmill_testkit::{Run, Scratch, hash, oracle, scratch, vmware};
 
 use crate::agree::assert_agree;
 use crate::readers::{dissect_vmdk, seven_zip};
-use crate::tools::{native, ours, refused, theirs};
+use crate::tools::{binary, native, ours, refused, theirs};
 
 /// dissect reads in steps of 1 MiB and fails on sizes that are no multiple.
 const SIZE: u64 = 5 << 20;
@@ -329,7 +329,13 @@ fn vmdk__a_disk_of_hundreds_of_extents() {
     assert_eq!(lines.len(), 640);
     let text = vmware::descriptor("twoGbMaxExtentFlat", &lines);
     std::fs::write(scratch.join("many.vmdk"), text).unwrap();
-    assert_eq!(ours_reads(&scratch, "many.vmdk"), digest);
+    // Fewer files than that may be open unless the command asks for more.
+    Run::new(binary())
+        .dir(scratch.path())
+        .limit("--nofile=100:4096")
+        .words("convert -f vmdk -O raw many.vmdk read.raw")
+        .ok();
+    assert_eq!(hash::sha256_file(scratch.join("read.raw")), digest);
 }
 
 #[test]
