@@ -220,6 +220,10 @@ fn an_image_is_told_by_its_magic_and_version() {
         .parse(memory(&[7; 4096]), &OpenSpec::default())
         .unwrap_err();
     assert_eq!(no.kind(), ErrorKind::NotThisFormat);
+    // Whoever says that it is luks gets version 2 as well, but there is none here.
+    let no = DRIVER.parse(memory(&second), &OpenSpec::default()).unwrap_err();
+    assert_eq!(no.kind(), ErrorKind::Corrupt);
+    second[7] = 3;
     let no = DRIVER.parse(memory(&second), &OpenSpec::default()).unwrap_err();
     assert_eq!(no.kind(), ErrorKind::Unsupported);
 }
