@@ -34,6 +34,8 @@ pub enum Fate {
     RefusedButChecked(&'static [&'static str]),
     /// Every command that needs its data refuses to open it; `info` and `check` may look at it.
     DataRefused(&'static [&'static str]),
+    /// What reads data is refused for want of a key, with these words; what reads tables may work.
+    Locked(&'static [&'static str]),
     /// It opens, but reading its data fails or `check` objects; neither is demanded of a certain command.
     Damaged,
     /// It is odd, but good.
@@ -124,7 +126,11 @@ pub fn assert_fate(scratch: &Scratch, name: &str, format: &str, fate: Fate) {
                 assert_ne!(done.code, Some(0), "{done}")
             }
             Fate::DataRefused(_) if words.starts_with("check") || words.starts_with("info") => {}
-            Fate::Refused(says) | Fate::RefusedButChecked(says) | Fate::DataRefused(says) => {
+            Fate::Locked(_) if !words.starts_with("convert") && !words.starts_with("compare") => {}
+            Fate::Refused(says)
+            | Fate::RefusedButChecked(says)
+            | Fate::DataRefused(says)
+            | Fate::Locked(says) => {
                 assert_refused(name, words, done, says);
             }
             Fate::Damaged => {}

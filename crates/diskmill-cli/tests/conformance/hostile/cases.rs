@@ -17,8 +17,8 @@ macro_rules! cases {
     ($($name:ident: $base:ident, $fate:expr, $patch:expr;)*) => {$(
         #[test]
         fn $name() {
-            use Fate::{Damaged, DataRefused, Opens, Refused, RefusedButChecked};
-            let _ = (Damaged, Opens, Refused(&[]), DataRefused(&[]), RefusedButChecked(&[]));
+            use Fate::{Damaged, DataRefused, Locked, Opens, Refused, RefusedButChecked};
+            let _ = (Damaged, Opens, Locked(&[]), Refused(&[]), DataRefused(&[]), RefusedButChecked(&[]));
             case(Base::$base, $fate, $patch);
         }
     )*};
@@ -70,7 +70,7 @@ cases! {
     header__compression_type_without_bit: Plain, Refused(&["compression"]), |i| i.put(104, &[1]);
     header__compression_type_2: Zstd, Refused(&["compression_type"]), |i| i.put(104, &[2]);
     header__crypt_method_3: Plain, Refused(&["crypt_method"]), |i| i.put32(32, 3);
-    header__crypt_method_1: Plain, DataRefused(&["encrypt"]), |i| i.put32(32, 1);
+    header__crypt_method_1: Plain, Locked(&["encrypt"]), |i| i.put32(32, 1);
     header__crypt_method_2_without_header: Plain, Refused(&["encrypt"]), |i| i.put32(32, 2);
     header__data_file_bit_without_name: Plain, Damaged, |i| i.put64(72, 4);
     header__truncated_to_70_bytes: Plain, Refused(&["header"]), |i| i.bytes.truncate(70);
