@@ -392,7 +392,7 @@ fn a_call_that_fails_at_random_corrupts_nothing() {
                 assert_eq!(fail(&image, &start, &ops, &faults), Ok(false), "{name}");
                 faults.calls()
             };
-            let tries = 30 * u64::from(soak());
+            let tries = 20 * u64::from(soak());
             for call in (0..calls).step_by(calls.div_ceil(tries).max(1) as usize) {
                 for (failure, lasting) in [
                     (Failure::Io, Lasting::Once),

@@ -118,7 +118,7 @@ fn random_operations_follow_the_model() {
     for (salt, kind) in (0..).zip(KINDS) {
         let image = kind.make();
         follow(&image, &[]);
-        let cases = if kind.size > 1 << 20 { 3 } else { 8 };
+        let cases = if kind.size > 1 << 20 { 2 } else { 5 };
         follow_random(&image, cases * soak(), salt, &steps);
     }
     figures::tell("model steps", steps.into_inner());
@@ -127,7 +127,7 @@ fn random_operations_follow_the_model() {
 #[test]
 fn random_images_follow_the_model() {
     let steps = AtomicU64::new(0);
-    for number in 0..16 * u64::from(soak()) {
+    for number in 0..12 * u64::from(soak()) {
         let image = Kind::random(mix(seed()) ^ number).make();
         follow_random(&image, 2 * soak().min(3), number, &steps);
     }

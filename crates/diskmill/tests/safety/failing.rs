@@ -13,7 +13,7 @@ use super::operations::OPERATIONS;
 use super::world::{Disturber, Operation, Outcome, Recorded, World};
 
 /// Calls of each operation that are made to fail.
-const CALLS: u64 = 16;
+const CALLS: u64 = 10;
 
 fn attempt(
     operation: &Operation,
