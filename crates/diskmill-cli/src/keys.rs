@@ -38,6 +38,9 @@ pub struct NewKeyArgs {
     /// Passphrase of what is made, in the same way: qcow2 is encrypted then (default: that of --passphrase-file)
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath, help_heading = NATIVE)]
     pub new_passphrase_file: Option<PathBuf>,
+    /// What is in it, once that is known: a pipe can be read once.
+    #[arg(skip)]
+    read: OnceLock<Secret>,
 }
 
 /// What options say of keys.
@@ -69,15 +72,14 @@ impl KeyArgs {
     pub fn making(&self, ui: &Ui, new: Option<&NewKeyArgs>) -> Result<Secrets, Failure> {
         let given = self.given(ui)?;
         let mut secrets = given.named;
-        let asker = match new.and_then(|new| new.new_passphrase_file.as_deref()) {
-            Some(path) => {
-                if path == Path::new("-") && self.passphrase_file.as_deref() == Some(path) {
-                    return Err(Failure::usage(
-                        "only one passphrase can come through standard input",
-                    ));
-                }
-                Some(Arc::new(Asker::of(passphrase(path)?)))
-            }
+        let path = new.and_then(|new| new.new_passphrase_file.as_deref());
+        if path == Some(Path::new("-")) && self.passphrase_file.as_deref() == path {
+            return Err(Failure::usage(
+                "only one passphrase can come through standard input",
+            ));
+        }
+        let asker = match new.map(NewKeyArgs::passphrase).transpose()?.flatten() {
+            Some(passphrase) => Some(Arc::new(Asker::of(passphrase))),
             None => match given.asker.filter(|asker| asker.passphrase.is_some()) {
                 Some(asker) => Some(asker),
                 None => can_ask(ui).then(|| Arc::new(Asker::terminal(true))),
@@ -90,12 +92,14 @@ impl KeyArgs {
     }
 
     /// Fails if a passphrase comes through standard input, which something else is wanted of.
-    pub fn leave_stdin(&self, ui: &Ui) -> Result<(), Failure> {
-        match self.passphrase_file.as_deref() {
-            Some(path) if path == Path::new("-") && !ui.drop_in() => Err(Failure::usage(
+    pub fn leave_stdin(&self, ui: &Ui, new: Option<&NewKeyArgs>) -> Result<(), Failure> {
+        let new = new.and_then(|new| new.new_passphrase_file.as_deref());
+        let mut paths = [self.passphrase_file.as_deref(), new].into_iter().flatten();
+        match paths.any(|path| path == Path::new("-")) && !ui.drop_in() {
+            true => Err(Failure::usage(
                 "standard input cannot be both a disk and a passphrase",
             )),
-            _ => Ok(()),
+            false => Ok(()),
         }
     }
 
@@ -124,6 +128,18 @@ impl KeyArgs {
 }
 
 impl NewKeyArgs {
+    /// The passphrase that is given, if one is.
+    fn passphrase(&self) -> Result<Option<Secret>, Failure> {
+        let Some(path) = &self.new_passphrase_file else {
+            return Ok(None);
+        };
+        if let Some(known) = self.read.get() {
+            return Ok(Some(known.clone()));
+        }
+        let secret = passphrase(path)?;
+        Ok(Some(self.read.get_or_init(|| secret).clone()))
+    }
+
     /// What a passphrase for a new image of `format` means beside the `options` it has.
     pub fn imply(&self, ui: &Ui, format: &str, options: &mut Options) -> Result<(), Failure> {
         let aes = options.text("encrypt.format") == Some("aes")
@@ -158,10 +174,10 @@ impl NewKeyArgs {
     /// Makes of a new passphrase that is given a further key of the image that `request` opens: `options` are those of
     /// `amend`.
     pub fn add(&self, request: &mut OpenRequest, options: &mut Options) -> Result<(), Failure> {
-        let Some(path) = &self.new_passphrase_file else {
+        let Some(passphrase) = self.passphrase()? else {
             return Ok(());
         };
-        request.secrets.add(NEW_KEY, passphrase(path)?)?;
+        request.secrets.add(NEW_KEY, passphrase)?;
         let image =
             open::facts(request).map_err(|error| Failure::open(request.spec.text.as_os_str(), error))?;
         let prefix = match image.format {
@@ -365,6 +381,7 @@ mod tests {
     fn a_passphrase_for_a_new_image_encrypts_it() {
         let new = NewKeyArgs {
             new_passphrase_file: Some("p".into()),
+            read: OnceLock::new(),
         };
         let ui = Ui {
             mode: Mode::Native,

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use diskmill_core::{
     BackingName, Compression, CreateSpec, Driver, Durability, ErrorKind, Finish, GuestOffset, Hints,
-    HostOffset, HostRun, Layer, Options, QueuedWrite, RawFile, Result, Role, Run, Secret, State, Storage,
-    StorageMut, Stored, Writes, ZeroHow,
+    HostOffset, HostRun, Job, Layer, OpenSpec, Options, QueuedWrite, RawFile, Result, Role, Run, Secret,
+    State, Storage, StorageMut, Stored, Writes, ZeroHow,
 };
 use diskmill_formats::{cow, qcow, qcow2, raw, vmdk};
 use diskmill_storage::Memory;
@@ -744,6 +744,22 @@ fn data_across_pages_of_a_cow_bitmap_is_found() {
 fn cow_on_a_device() {
     builder(&cow::DRIVER, &spec(SIZE, ""), &device);
     builder(&cow::DRIVER, &overlay(spec(SIZE, "")), &device);
+    // What the device had between bitmap and data is taken for nothing.
+    let main = device();
+    let mut empty = cow::DRIVER
+        .build(&spec(SIZE, ""), vec![(Role::Main, Arc::clone(&main))])
+        .unwrap();
+    empty
+        .fill(GuestOffset::ZERO..GuestOffset::new(SIZE), Run::Absent)
+        .unwrap();
+    empty.finish(Finish::new(Durability::None)).unwrap();
+    let main: Arc<dyn Storage> = main;
+    let how = OpenSpec::default();
+    let parsed = cow::DRIVER.parse(Arc::clone(&main), &how).unwrap();
+    let report = parsed
+        .check(vec![(Role::Main, main)], &how, Job::silent())
+        .unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:#?}");
     let small: Arc<dyn StorageMut> = Arc::new(Device(Memory::zeroed(1000)));
     let error = cow::DRIVER
         .build(&spec(SIZE, ""), vec![(Role::Main, small)])

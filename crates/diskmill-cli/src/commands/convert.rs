@@ -123,8 +123,9 @@ impl Run for ConvertArgs {
     const NAME: &'static str = "convert";
 
     fn run(self, ui: &Ui) -> Result<Exit, Failure> {
-        if self.names.iter().any(|name| name == "-") {
-            self.how.native.keys.leave_stdin(ui)?;
+        let sources = self.names.split_last().map_or(&[][..], |(_, sources)| sources);
+        if sources.iter().any(|name| name == "-") {
+            self.how.native.keys.leave_stdin(ui, Some(&self.new_key))?;
         }
         let json = self.how.wants_json(ui)?;
         let style = Style::choose(ui, self.quiet, self.progress.as_deref(), self.how.native.json)?;
@@ -272,9 +273,9 @@ impl ConvertArgs {
         if jobs.is_empty() {
             return Err(Failure::usage("the package has no disk"));
         }
+        let mut one = self.clone();
         for (target, disk) in jobs {
             let target = target.into_os_string();
-            let mut one = self.clone();
             one.which.disk = Some(disk);
             let plan = one.plan(ui, &target, sources, format, settings)?;
             one.convert(ui, &plan, &target, sources, settings)?;

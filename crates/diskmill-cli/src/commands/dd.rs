@@ -146,7 +146,7 @@ impl Run for DdArgs {
         let mut size = None;
         let source = match input {
             None => {
-                self.how.native.keys.leave_stdin(ui)?;
+                self.how.native.keys.leave_stdin(ui, None)?;
                 Input::Stdin
             }
             Some(name) => {

@@ -180,6 +180,17 @@ fn passphrases_come_from_files_and_standard_input() {
         twice.code == Some(1) && twice.err().contains("standard input"),
         "{twice}"
     );
+    let new = run("convert -O luks --new-passphrase-file - - b.luks");
+    assert!(
+        new.code == Some(1) && new.err().contains("standard input"),
+        "{new}"
+    );
+    // Standard output is another thing.
+    let both = native(scratch.path())
+        .words("convert --passphrase-file - a.raw -")
+        .input("hunter2\n")
+        .finish();
+    assert!(both.code == Some(0) && both.stdout == [1; 4096], "{both}");
     let plain = run("create -f vmdk b.vmdk 1M --new-passphrase-file a.raw");
     assert!(plain.code == Some(1) && plain.err().contains("vmdk"), "{plain}");
     scratch.file("pw", b"hunter2\n");

@@ -326,6 +326,12 @@ impl Builder for CowBuilder {
         let mut writes = Writes::new();
         let pages = self.geometry.bitmap_len().div_ceil(PAGE);
         self.turn_to(pages, &mut writes);
+        let gap = HostOffset::new(self.geometry.bitmap_end())
+            ..HostOffset::new(self.geometry.data_at().min(self.room));
+        if self.stale && gap.start < gap.end {
+            // Old bytes there would look like bits of sectors that do not exist.
+            writes.push_zero(FileIndex::MAIN, gap, ZeroHow::KeepAllocated);
+        }
         writes.perform(&self.files)?;
         let head = self.header.to_bytes();
         let (first, rest) = head.split_at_checked(512).unwrap_or((&head, &[]));

@@ -3,7 +3,7 @@
 //! Tables, header and name each have a place of their own in the file, and so has every cluster that is stored as it is:
 //! it is written in place. Compressed clusters may share bytes, since nobody changes them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use diskmill_core::{
@@ -21,6 +21,9 @@ use crate::tree::{Kind, up};
 /// Sectors of a file, held in proportion to those that are in the set.
 #[derive(Debug, Default)]
 struct Sectors(BTreeMap<u64, [u64; 64]>);
+
+/// Bytes of the file that an entry of [`Sectors`] is about: whole clusters of any size.
+const PAGE: u64 = 4096 * SECTOR;
 
 impl Sectors {
     fn place(sector: u64) -> (u64, usize, u64) {
@@ -113,7 +116,8 @@ fn look(header: &Header, main: &dyn Storage, how: &OpenSpec, job: Job<'_>) -> Re
     if let Some((at, len)) = header.backing {
         found.structure(at.get(), at.saturating_add(len.into()).get());
     }
-    let mut places: Vec<Option<HostOffset>> = Vec::with_capacity(l1.len());
+    // Tables that share their place with something else, by L1 entry.
+    let mut clashing = BTreeSet::new();
     for (index, entry) in l1.iter().enumerate() {
         let guest = (index as u64).saturating_mul(geometry.covers());
         let entry_at = l1_at.saturating_add((index as u64).saturating_mul(8));
@@ -137,14 +141,17 @@ fn look(header: &Header, main: &dyn Storage, how: &OpenSpec, job: Job<'_>) -> Re
                 other: "another table, the header or the name of the backing file",
             };
             found.corrupt(&error, entry_at, Some(guest));
+            clashing.insert(index);
         }
-        places.push(place.filter(|_| clashes.is_none()));
     }
     let mut bytes = vec![0; usize::try_from(geometry.l2_len()).unwrap_or(0)];
     let mut last_end = 0;
-    for (index, at) in places.into_iter().enumerate() {
+    for (index, entry) in l1.iter().enumerate() {
         job.check()?;
-        let Some(at) = at else { continue };
+        let (false, Ok(Some(at))) = (clashing.contains(&index), table_place(*entry, geometry, file_len))
+        else {
+            continue;
+        };
         main.read_at(at, &mut bytes)?;
         let start = (index as u64).saturating_mul(geometry.covers());
         for (slot, entry) in bytes.as_chunks::<8>().0.iter().enumerate() {
@@ -239,18 +246,24 @@ fn leaks(found: &mut Found, header: &Header, main: &dyn Storage, job: Job<'_>) -
     let cluster_size = header.geometry.cluster_size();
     let end = main.len()? / cluster_size * cluster_size;
     let used_end = up(found.end, cluster_size).min(end);
-    let (mut unused, mut at) = (0_u64, 0);
-    while at < used_end {
-        if at.is_multiple_of(1 << 30) {
-            job.check()?;
+    // A sparse file may have far more clusters than anything refers to: only those that something does are looked at.
+    let kinds = [&found.plain, &found.packed, &found.tables];
+    let pages: BTreeSet<u64> = kinds
+        .iter()
+        .flat_map(|sectors| sectors.0.keys().copied())
+        .collect();
+    let mut used = 0_u64;
+    for page in pages {
+        job.check()?;
+        let mut at = page.saturating_mul(PAGE);
+        let page_end = at.saturating_add(PAGE).min(used_end);
+        while at < page_end {
+            let next = at.saturating_add(cluster_size);
+            used = used.saturating_add(kinds.iter().any(|sectors| sectors.has(at, next)).into());
+            at = next;
         }
-        let next = at.saturating_add(cluster_size);
-        let used = [&found.plain, &found.packed, &found.tables];
-        if !used.iter().any(|sectors| sectors.has(at, next)) {
-            unused = unused.saturating_add(1);
-        }
-        at = next;
     }
+    let unused = (used_end / cluster_size).saturating_sub(used);
     let behind = end.saturating_sub(used_end) / cluster_size;
     for (kind, count, text) in [
         (FindingKind::Leak, behind, "behind all else"),
@@ -327,6 +340,8 @@ fn mend(
         tables.set(*guest, L2Entry::ABSENT)?;
         tables.relieve()?;
     }
+    // Before a copy is put where one of these was said to be.
+    tables.settle()?;
     let mut cluster = vec![0; usize::try_from(header.geometry.cluster_size()).unwrap_or(0)];
     for guest in &found.shared {
         job.check()?;

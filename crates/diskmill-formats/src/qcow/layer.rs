@@ -11,6 +11,7 @@ use super::header::Header;
 use super::key::Key;
 use super::layout::COMPRESSED;
 use super::map::{Geometry, L2Entry, MapError};
+use crate::bounds::within;
 use crate::codec::{Decoders, PackedSpan, Packing, read_clipped};
 use crate::crypt::DataCipher;
 use crate::tree::{self, Kind, TableCache};
@@ -29,6 +30,9 @@ pub struct QcowLayer {
     key: Option<Key>,
 }
 
+/// Bytes of the L1 table that are read at once: it may have 2 GiB, which need not be held twice.
+const L1_PIECE: u64 = 1 << 20;
+
 /// Reads the L1 table, which the header has found to be in the file.
 pub(super) fn read_l1(header: &Header, main: &dyn Storage, how: &OpenSpec) -> Result<Vec<u64>> {
     let (bytes, most) = (header.l1_len(), how.limits.metadata_bytes);
@@ -36,11 +40,19 @@ pub(super) fn read_l1(header: &Header, main: &dyn Storage, how: &OpenSpec) -> Re
         let text = format!("the L1 table has {bytes} bytes, must have at most {most}");
         return Err(Error::new(ErrorKind::Unsupported, text).format(Format::Qcow));
     }
-    let mut raw = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX)];
-    main.read_at(header.l1_table_offset, &mut raw)
-        .map_err(|error| error.op("read the L1 table"))?;
-    let entries = raw.as_chunks::<8>().0.iter();
-    Ok(entries.map(|entry| u64::from_be_bytes(*entry)).collect())
+    let mut l1 = Vec::with_capacity(usize::try_from(header.l1_entries()).unwrap_or(0));
+    let mut piece = vec![0; usize::try_from(bytes.min(L1_PIECE)).unwrap_or(0)];
+    let mut done = 0;
+    while done < bytes {
+        let len = usize::try_from(bytes.saturating_sub(done)).unwrap_or(usize::MAX);
+        piece.truncate(len);
+        main.read_at(header.l1_table_offset.plus(done)?, &mut piece)
+            .map_err(|error| error.op("read the L1 table"))?;
+        let entries = piece.as_chunks::<8>().0.iter();
+        l1.extend(entries.map(|entry| u64::from_be_bytes(*entry)));
+        done = done.saturating_add(piece.len() as u64);
+    }
+    Ok(l1)
 }
 
 /// The place of a table, if `entry` names one that lies in the file.
@@ -126,17 +138,6 @@ pub(super) fn read_data(
 /// Decoders of the compressed clusters of an image.
 pub(super) fn decoders(geometry: Geometry) -> Decoders {
     Decoders::new(Packing::Deflate, geometry.cluster_size(), Format::Qcow)
-}
-
-/// Fails if `len` bytes at `at` are not on a disk of `size` bytes.
-pub(super) fn within(at: GuestOffset, len: u64, size: u64) -> Result<()> {
-    match at.get().checked_add(len) {
-        Some(end) if end <= size => Ok(()),
-        _ => Err(Error::new(
-            ErrorKind::Usage,
-            format!("{len} bytes at {at} are not within the disk of {size} bytes"),
-        )),
-    }
 }
 
 impl QcowLayer {

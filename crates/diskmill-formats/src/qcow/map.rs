@@ -124,6 +124,19 @@ pub enum MapError {
         /// The length of the file.
         file_len: u64,
     },
+    /// A cluster that is not in the file, where others would be put.
+    #[error(
+        "the cluster of byte {guest} is at {at:#x}, behind the end of the file at {file_len:#x}: nothing new can be stored \
+         before that is repaired"
+    )]
+    Dangling {
+        /// The byte of the disk.
+        guest: u64,
+        /// Where it would be.
+        at: u64,
+        /// The length of the file, up to a whole cluster.
+        file_len: u64,
+    },
     /// A cluster where tables are.
     #[error("the data cluster at {0:#x} lies in the tables")]
     InTables(u64),

@@ -50,6 +50,8 @@ pub(super) struct Tables {
     /// Two of these in one place, if there are such: where, and which.
     pub(super) clash: Option<(u64, &'static str, &'static str)>,
     fixed_len: bool,
+    /// Whether no entry names what lies from `next` on, where new clusters go.
+    vetted: bool,
     adrift: bool,
 }
 
@@ -63,8 +65,10 @@ impl Tables {
         if let Some((at, what, other)) = tables.clash {
             return Err(MapError::Overlap { what, at, other }.into());
         }
-        if tables.fixed_len {
-            tables.next = tables.end_of_use()?;
+        match tables.fixed_len {
+            true => tables.next = tables.end_of_use()?,
+            // That takes all tables, and whoever only overwrites does not need it.
+            false => tables.vetted = false,
         }
         Ok(tables)
     }
@@ -83,6 +87,7 @@ impl Tables {
             ranges: BTreeMap::new(),
             clash: None,
             fixed_len: file.hints().fixed_len,
+            vetted: true,
             adrift: false,
             file,
             header,
@@ -285,9 +290,38 @@ impl Tables {
         Ok((kind, len.min(good)))
     }
 
+    /// Fails if an entry names a cluster behind the end of the file, as in one that was cut short: what is put there
+    /// would become a part of two places of the disk.
+    fn vet(&mut self) -> Result<()> {
+        if self.vetted {
+            return Ok(());
+        }
+        self.each_entry(Job::silent(), &mut |tables, index, slot, entry| {
+            let geometry = tables.geometry();
+            let (at, end) = match entry.kind(geometry) {
+                Ok(Kind::Data(at)) => (at, at.saturating_add(geometry.cluster_size())),
+                Ok(Kind::Packed(at)) => (at, entry.span(geometry).end()),
+                // Whoever comes to it will be told.
+                _ => return Ok(()),
+            };
+            match end.get() > tables.next {
+                true => Err(MapError::Dangling {
+                    guest: tables.guest(index, slot),
+                    at: at.get(),
+                    file_len: tables.next,
+                }
+                .into()),
+                false => Ok(()),
+            }
+        })?;
+        self.vetted = true;
+        Ok(())
+    }
+
     /// Gives out `len` bytes at a multiple of `align`.
     fn take(&mut self, len: u64, align: u64) -> Result<HostOffset> {
         self.usable()?;
+        self.vet()?;
         let at = up(self.next, align);
         let end = at.saturating_add(len);
         if self.fixed_len && end > self.file.len()? {
@@ -465,6 +499,7 @@ impl Tables {
         if !self.fixed_len {
             self.file.set_len(end)?;
         }
+        self.vetted = true;
         self.next = end;
         Ok(())
     }

@@ -18,10 +18,11 @@ use diskmill_core::{
 
 use super::header::Header;
 use super::key::{Key, refuse};
-use super::layer::{decoders, read_data, within};
+use super::layer::{decoders, read_data};
 use super::map::{Geometry, L2Entry};
 use super::options::check_name;
 use super::tables::Tables;
+use crate::bounds::within;
 use crate::codec::{Decoders, PackedSpan};
 use crate::crypt::DataCipher;
 use crate::flight::{Flight, Flights, Hold};

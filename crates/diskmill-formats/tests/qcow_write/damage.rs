@@ -1,8 +1,12 @@
 //! Images that contradict themselves: what reading, writing, checking and repairing make of each.
 
-use diskmill_core::{Chain, ErrorKind, GuestOffset, Repair};
+use std::sync::Arc;
+
+use diskmill_core::{Chain, Driver, ErrorKind, GuestOffset, Job, Repair, Role, Storage, StorageMut};
 use diskmill_formats::qcow;
 use diskmill_formats::qcow::header::Header;
+use diskmill_storage::{File, FileOptions, LockPlan};
+use diskmill_testkit::Scratch;
 use diskmill_testkit::random::{Dice, soak};
 
 use super::images::{self, Image, K};
@@ -284,6 +288,67 @@ fn an_image_cut_short_within_a_cluster_is_written_behind_it() {
 }
 
 /// Whatever comes of it, nothing panics, hangs or grows without end, and what a repair leaves a second one does not touch.
+/// Where the lost cluster was said to be, nothing else is put: it would be shown in both places, for good.
+#[test]
+fn nothing_new_is_put_in_the_place_of_a_cluster_that_was_cut_off() {
+    for name in ["plain", "packed"] {
+        let victim = Victim::new(name);
+        let mut file = victim.file.clone();
+        let free = (0..75).find(|cluster| word(&file, victim.entry(*cluster)) == 0);
+        let free = free.expect("a cluster without a place") * 4096;
+        file.truncate(file.len() - 3 * 4096);
+        let before = disk::memory(&file);
+        let layer = disk::open(&qcow::DRIVER, &before).expect("open");
+        let wrote = layer.write_at(GuestOffset::new(free), &[5; 4096], &Chain::default());
+        let error = wrote.expect_err("the place is another's");
+        assert!(
+            support::text(&error).contains("before that is repaired"),
+            "{error:?}"
+        );
+        drop(layer);
+        assert!(disk::bytes(&before) == file, "{name}");
+        disk::repair(&qcow::DRIVER, &before, Repair::All).expect("repair");
+        let layer = disk::open(&qcow::DRIVER, &before).expect("open");
+        layer
+            .write_at(GuestOffset::new(free), &[5; 4096], &Chain::default())
+            .expect("write");
+        layer.flush().expect("flush");
+        drop(layer);
+        let bytes = disk::bytes(&before);
+        assert_eq!(disk::check(&qcow::DRIVER, &bytes).expect("check").corruptions, 0);
+    }
+}
+
+#[test]
+fn a_long_hole_in_the_file_is_counted_without_walking_it() {
+    let scratch = Scratch::new();
+    let victim = Victim::new("plain");
+    let mut file = victim.file.clone();
+    // 8 TiB on: at one look a cluster that took hours.
+    let far = 8_u64 << 40;
+    set(&mut file, victim.entry(0), far);
+    let path = scratch.file("far.qcow", &file);
+    let options = FileOptions::write(LockPlan::NONE);
+    let stored = File::open(&path, &options).expect("open");
+    stored.set_len(far + 4096).expect("set the length");
+    let stored: Arc<dyn Storage> = Arc::new(stored);
+    let parsed = qcow::DRIVER
+        .parse(Arc::clone(&stored), &disk::how())
+        .expect("parse");
+    let files = vec![(Role::Main, stored)];
+    let report = parsed.check(files, &disk::how(), Job::silent()).expect("check");
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:#?}");
+    let end = file.len() as u64 / 4096;
+    let unused = (far / 4096 - end) + u64::from(word(&victim.file, victim.entry(0)) != 0);
+    let notes: Vec<_> = report.findings.iter().map(|finding| &finding.text).collect();
+    assert!(
+        notes
+            .iter()
+            .any(|note| note.starts_with(&format!("{unused} clusters"))),
+        "{unused} {notes:?}"
+    );
+}
+
 #[test]
 fn changed_images_do_no_harm() {
     let mut dice = Dice::new(77);
