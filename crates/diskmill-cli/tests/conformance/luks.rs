@@ -309,6 +309,30 @@ fn luks__commands__as_theirs() {
     }
 }
 
+/// QEMU leaves what the base grows by as the cipher makes it of zeros.
+#[test]
+fn luks__commit_of_a_larger_overlay__the_base_reads_the_same() {
+    let (scratch, _) = folder();
+    let over = "driver=qcow2,file.filename=over,backing.key-secret=one";
+    for words in [
+        format!("convert {SECRETS} -f raw -O luks -o {QUICK} disk.raw base"),
+        "create -q -f qcow2 -u -b base -F luks over 3M".to_owned(),
+    ] {
+        ours(&scratch).words(&words).ok();
+    }
+    oracle::qemu_io()
+        .dir(scratch.path())
+        .words(SECRETS)
+        .args(["-c", "write -P 5 2M 64k", "--image-opts", over])
+        .ok();
+    let convert = format!("convert {SECRETS} --image-opts -O raw {over} before.raw");
+    theirs(&scratch).words(&convert).ok();
+    let commit = format!("commit -q {SECRETS} --image-opts {over}");
+    ours(&scratch).words(&commit).ok();
+    let digest = hash::sha256_file(scratch.join("before.raw"));
+    assert_reads(&scratch, "base", "one", &digest);
+}
+
 #[test]
 fn luks__header_of_its_own__both_ways() {
     let (scratch, digest) = folder();

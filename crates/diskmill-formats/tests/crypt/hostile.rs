@@ -1,6 +1,9 @@
 //! Headers made to do harm, and damaged ones: refused at once, with a text that names what is wrong.
 
-use diskmill_core::{ErrorKind, HostOffset, Job, Storage};
+use std::sync::atomic::AtomicBool;
+
+use diskmill_core::{ErrorKind, HostOffset, Job, Storage, StorageMut};
+use diskmill_formats::crypt::CryptError;
 use diskmill_formats::crypt::kdf::MAX_ITERATIONS;
 use diskmill_formats::crypt::luks::{Header, LuksError, Place, Volume};
 use diskmill_storage::Memory;
@@ -220,6 +223,24 @@ fn giant_iteration_counts_are_refused_at_once() {
         let says = format!("iterations is 4294967295, must be 1 to {MAX_ITERATIONS}");
         assert!(text(&error).contains(&says), "{}", text(&error));
     }
+}
+
+#[test]
+fn a_digest_that_is_too_dear_is_refused_before_any_slot_is_tried() {
+    let (_, file) = volume(QUICK);
+    file.write_at(HostOffset::new(164), &u32::MAX.to_be_bytes())
+        .unwrap();
+    // Whatever takes iterations notices that nobody waits for them.
+    let stopped = Job {
+        cancel: &AtomicBool::new(true),
+        ..Job::silent()
+    };
+    let volume = Volume::load(&file, Place::Standalone).unwrap();
+    let error = volume.unlock(&file, b"one", stopped).unwrap_err();
+    assert!(
+        matches!(error.find(), Some(CryptError::Iterations(_))),
+        "{error:?}"
+    );
 }
 
 #[test]

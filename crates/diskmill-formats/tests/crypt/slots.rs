@@ -163,6 +163,31 @@ fn slots_are_added_and_erased_as_qemu_does() {
 }
 
 #[test]
+fn nothing_is_written_behind_the_room_for_the_header() {
+    let (new, file) = volume(QUICK);
+    // Room for slot 0 alone.
+    let place = Place::Embedded {
+        at: HostOffset::ZERO,
+        len: 4096 + 0x10000,
+    };
+    let before = file.to_vec().unwrap();
+    for options in [
+        "state=active,new-secret=two,iter-time=1",
+        "state=active,new-secret=two,iter-time=1,keyslot=0",
+    ] {
+        let change = SlotChange::parse(&Options::parse(options), "").unwrap();
+        let error =
+            change_slots(&file, place, &change, new.key(), &secrets(), true, Job::silent()).unwrap_err();
+        assert!(
+            text(&error).contains("the material of keyslot 1"),
+            "{}",
+            text(&error)
+        );
+        assert!(file.to_vec().unwrap() == before, "{options}");
+    }
+}
+
+#[test]
 fn qemu_opens_the_slots_made_here() {
     let dir = Scratch::beneath("/dev/shm");
     let (new, file) = volume("");

@@ -7,7 +7,7 @@
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 
-use diskmill_core::{Chain, Error, ErrorKind, Job, Layer, Result};
+use diskmill_core::{Chain, Error, ErrorKind, GuestOffset, Job, Layer, Result, ZeroHow};
 
 use super::convert::{Cut, Existing, Leave, Source, Transfer, workers};
 use crate::open::{self, Base, ChainMut, OpenRequest, OpenWarning};
@@ -62,6 +62,9 @@ pub struct Committed {
 
 /// The finest step in which data is told from zeros, in bytes.
 const STEP: u64 = 4096;
+
+/// Bytes by which a base grows at once whose new bytes read as anything.
+const GROWTH: u64 = 1 << 20;
 
 /// Commits. Warnings of opening the images go to `warn` before anything is changed.
 ///
@@ -138,9 +141,7 @@ fn merge(
 ) -> Result<super::convert::Summary> {
     let names = chain.nodes.iter().map(|node| Arc::clone(&node.filename));
     let source = Source::new(vec![(chain.upper.clone(), names.collect())])?;
-    if end < source.size() {
-        chain.base.resize(source.size(), &chain.below)?;
-    }
+    grow(chain, end, source.size(), job)?;
     let mut layers: Vec<Arc<dyn Layer>> = vec![chain.base.clone()];
     layers.extend(chain.below.layers().iter().cloned());
     let unit = chain.base.facts().unit.unwrap_or(STEP);
@@ -165,4 +166,26 @@ fn merge(
     let summary = transfer.run(job)?;
     chain.base.flush()?;
     Ok(summary)
+}
+
+/// Makes the base, which has `end` bytes, as long as `size` if it is shorter. What it grows by reads as zeros.
+fn grow(chain: &ChainMut, end: u64, size: u64, job: Job<'_>) -> Result<()> {
+    let stores_zeros = chain.base.stores_zeros();
+    let mut end = end;
+    while end < size {
+        job.check()?;
+        // Step by step: killed in between, the overlay shows little that nobody has written.
+        let next = if stores_zeros {
+            size.min(end.saturating_add(GROWTH))
+        } else {
+            size
+        };
+        chain.base.resize(next, &chain.below)?;
+        if stores_zeros {
+            let grown = GuestOffset::new(end)..GuestOffset::new(next);
+            chain.base.zero(grown, ZeroHow::MayUnmap, &chain.below)?;
+        }
+        end = next;
+    }
+    Ok(())
 }

@@ -4,7 +4,7 @@
 //! then its entry makes it one. An entry is erased, and that reaches the disk, before its material is wiped. Where a
 //! slot in use is to be overwritten and is the only one, the key is kept in another meanwhile.
 
-use diskmill_core::{Job, OptionError, Options, Result, Secrets, StorageMut};
+use diskmill_core::{Job, OptionError, Options, Result, SECTOR, Secrets, StorageMut};
 
 use super::create::{ITER_TIME, slot_iterations, wrap};
 use super::layout::{SALT_LEN, SLOT_LEN, SLOTS, SLOTS_AT};
@@ -236,6 +236,16 @@ impl Volume {
         job: Job<'_>,
     ) -> Result<()> {
         let slot = self.slot(index)?;
+        if let Place::Embedded { len: have, .. } = self.place {
+            // What lies behind the room for the header is another's.
+            let end = slot
+                .key_offset()
+                .saturating_add(self.header.material_len().next_multiple_of(SECTOR));
+            if end > have {
+                let what = format!("the material of keyslot {index}");
+                return Err(LuksError::Truncated { what, end, have }.into());
+            }
+        }
         let (slot, material) = wrap(&self.header, slot, key, passphrase, iterations, job)?;
         file.write_at(self.place.start().plus(slot.key_offset())?, &material)?;
         file.sync()?;

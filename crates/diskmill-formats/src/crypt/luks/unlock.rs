@@ -48,11 +48,15 @@ impl Volume {
     /// An error with [`LuksError::Password`] if it opens none; that costs all the active slots' iterations. With
     /// [`CryptError::Iterations`] if no slot opens and one was not tried since it wants too many.
     pub fn unlock(&self, file: &dyn Storage, passphrase: &[u8], job: Job<'_>) -> Result<VolumeKey> {
+        if self.header.iterations > MAX_ITERATIONS {
+            // No key could be told from another, whatever the slots cost.
+            return Err(CryptError::Iterations(self.header.iterations.into()).into());
+        }
         let mut refused = None;
         let mut budget = Budget::of_iterations();
         for slot in self.header.slots().iter().filter(|slot| slot.active) {
             let cost = u64::from(slot.iterations).saturating_add(self.header.iterations.into());
-            let affordable = match slot.iterations.max(self.header.iterations) {
+            let affordable = match slot.iterations {
                 // Too dear by itself, which trying says better.
                 worst if worst > MAX_ITERATIONS => Ok(()),
                 _ => budget.spend(cost).map_err(Into::into),
