@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use diskmill::open::{self, OpenRequest};
 use diskmill::ops::convert::{self, Input, NewImage, Output, Plan};
 use diskmill::spec::ImageSpec;
-use diskmill_core::{Compression, Durability, Error, ErrorKind, GuestOffset, Job};
+use diskmill_core::{Compression, Durability, Error, ErrorKind, GuestOffset, Job, Secret, Secrets};
 use sha2::{Digest, Sha256};
 
 use crate::error::Failure;
@@ -39,7 +39,7 @@ struct Step {
     compress: bool,
 }
 
-const STEPS: [Step; 5] = [
+const STEPS: [Step; 8] = [
     Step {
         what: "raw -> qcow2",
         file: "disk.qcow2",
@@ -65,7 +65,25 @@ const STEPS: [Step; 5] = [
         compress: false,
     },
     Step {
-        what: "vmdk -> raw",
+        what: "vmdk -> compressed qcow",
+        file: "disk.qcow",
+        format: "qcow",
+        compress: true,
+    },
+    Step {
+        what: "compressed qcow -> cow",
+        file: "disk.cow",
+        format: "cow",
+        compress: false,
+    },
+    Step {
+        what: "cow -> encrypted luks",
+        file: "disk.luks",
+        format: "luks",
+        compress: false,
+    },
+    Step {
+        what: "encrypted luks -> raw",
         file: "back.raw",
         format: "raw",
         compress: false,
@@ -138,10 +156,30 @@ fn steps(ui: &Ui, dir: &Path, job: Job<'_>) -> diskmill_core::Result<Vec<(Row, [
     Ok(rows)
 }
 
+/// The passphrase of the encrypted image.
+const PASSPHRASE: &[u8] = b"diskmill";
+
+fn secrets() -> Secrets {
+    let mut secrets = Secrets::new();
+    secrets.set_passphrase(Secret::new(PASSPHRASE.to_vec()));
+    secrets
+}
+
+fn request(image: &Path, format: &str) -> OpenRequest {
+    let mut request = OpenRequest::new(ImageSpec::from_path(image));
+    request.format = Some(format.to_owned());
+    request.secrets = secrets();
+    request
+}
+
 fn plan(source: &Path, source_format: &str, target: &Path, step: &Step) -> diskmill_core::Result<Plan> {
-    let mut request = OpenRequest::new(ImageSpec::from_path(source));
-    request.format = Some(source_format.to_owned());
-    let new = NewImage::new(ImageSpec::from_path(target), step.format);
+    let request = request(source, source_format);
+    let mut new = NewImage::new(ImageSpec::from_path(target), step.format);
+    if step.format == "luks" {
+        new.secrets = secrets();
+        // It is no secret: nobody has to be kept from guessing it.
+        new.options.set("iter-time", "10");
+    }
     let mut plan = Plan::new(Input::Image(Box::new(request)), Output::New(new));
     plan.compress = step.compress.then(Compression::default);
     plan.durability = Durability::None;
@@ -150,9 +188,7 @@ fn plan(source: &Path, source_format: &str, target: &Path, step: &Step) -> diskm
 
 /// The hash of all guest bytes of an image.
 fn hash(path: &Path, format: &str, job: Job<'_>) -> diskmill_core::Result<Vec<u8>> {
-    let mut request = OpenRequest::new(ImageSpec::from_path(path));
-    request.format = Some(format.to_owned());
-    let image = open::image(&request)?;
+    let image = open::image(&request(path, format))?;
     let size = image.chain.virtual_size();
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; CHUNK];

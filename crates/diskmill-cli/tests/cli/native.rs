@@ -302,7 +302,7 @@ fn the_demo_verifies_and_cleans_up() {
         .arg("demo")
         .env("TMPDIR", scratch.path())
         .ok();
-    assert_eq!(done.out().matches("sha256 equal").count(), 5, "{done}");
+    assert_eq!(done.out().matches("sha256 equal").count(), 8, "{done}");
     assert_eq!(done.err(), "", "{done}");
     assert_eq!(
         std::fs::read_dir(scratch.path()).unwrap().count(),
@@ -314,6 +314,7 @@ fn the_demo_verifies_and_cleans_up() {
     theirs(&kept).words("check compressed.qcow2").ok();
     theirs(&kept).words("compare disk.raw compressed.qcow2").ok();
     theirs(&kept).words("check disk.vdi").ok();
+    theirs(&kept).words("compare -F qcow disk.raw disk.qcow").ok();
     assert_eq!(
         hash::sha256_file(kept.join("disk.raw")),
         hash::sha256_file(kept.join("back.raw"))
